@@ -1,0 +1,14 @@
+"""Lossless tree speculative decoding inside `model.generate(assistant_model=drafter)`."""
+
+from transformers import AutoConfig, AutoModel
+
+from .candidate_generator import TreeFlashCandidateGenerator
+from .configuration_treeflash import TreeFlashConfig
+from .generation import install_hook, remove_hook
+from .modeling_treeflash import TreeFlashDraftModel
+
+AutoConfig.register("treeflash", TreeFlashConfig, exist_ok=True)
+AutoModel.register(TreeFlashConfig, TreeFlashDraftModel, exist_ok=True)
+install_hook()
+
+__all__ = ["TreeFlashCandidateGenerator", "TreeFlashConfig", "TreeFlashDraftModel", "install_hook", "remove_hook"]

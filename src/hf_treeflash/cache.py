@@ -1,0 +1,201 @@
+"""Key-value caches under a tree: what a node sees, and keeping one path of a verify pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def check_restorable(cache: Cache) -> None:
+    """Refuse a cache from which the rejected nodes of a tree cannot be dropped again.
+
+    Raises:
+        ValueError: Naming the first layer whose state cannot be restored, and what works.
+    """
+    for index, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"Tree drafting cannot take rejected tokens back from layer {index} of the target's cache, a "
+                f"{type(layer).__name__}. Targets whose layers all use full or sliding-window attention work, with a "
+                "`DynamicCache` (what `generate` makes by itself)."
+            )
+
+
+@contextmanager
+def recording_past(cache: Cache) -> Iterator[None]:
+    """Let sliding-window layers hold a pass's columns until they are committed, and only then trim to the window."""
+    before = [(layer, layer.record_past) for layer in cache.layers if hasattr(layer, "record_past")]
+    cache.activate_past_recording()
+    try:
+        yield
+    finally:
+        for layer, record_past in before:
+            layer.record_past = record_past
+
+
+class PrefixCache:
+    """A cache of committed columns that keeps, after each pass, a different path of the tail for each row.
+
+    Between passes it looks as after a left-padded batch: every row's columns end at the right edge. During a pass it
+    also holds the pass's own columns, the tail; `commit` keeps some of them and drops the rest.
+
+    Args:
+        cache ([`Cache`]):
+            The cache the model writes to.
+        valid (`torch.BoolTensor` of shape `(batch, columns)`, *optional*):
+            Which of the present columns hold a token rather than padding; None if all do.
+    """
+
+    def __init__(self, cache: Cache, valid: torch.Tensor | None = None):
+        self.cache = cache
+        self.valid = valid
+        self.length: int = cache.get_seq_length()
+        # Columns of each row up to the right edge, its own padding included; None while all rows fill `length`.
+        self.filled: list[int] | None = None
+
+    def visible(
+        self,
+        tail_mask: torch.Tensor,
+        query_offsets: torch.Tensor,
+        tail_offsets: torch.Tensor,
+        window: int | None = None,
+        reach: int | None = None,
+    ) -> torch.Tensor:
+        """Return which stored and tail columns each query of a pass sees.
+
+        Args:
+            tail_mask (`torch.BoolTensor` of shape `(batch, queries, tail)`):
+                Which tail columns a query sees, windows aside.
+            query_offsets, tail_offsets (`torch.LongTensor` of shape `(batch, queries)` and `(batch, tail)`):
+                Distance in tokens from the first position after the prefix.
+            window (`int`, *optional*):
+                Sliding window of the layer, whose cache holds one column less; None for full attention.
+            reach (`int`, *optional*):
+                How many tokens away a key may be; by default one less than the window.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch, 1, queries, stored + tail)`, the columns a layer of this window gets.
+        """
+        batch, queries, _ = tail_mask.shape
+        stored = self.length if window is None else min(self.length, window - 1)
+        if self.valid is None:
+            prefix = tail_mask.new_ones(batch, queries, stored)
+        else:
+            prefix = self.valid[:, None, self.length - stored :].expand(-1, queries, -1)
+        if window is not None:
+            reach = window - 1 if reach is None else reach
+            offsets = torch.arange(-stored, 0, device=tail_mask.device)
+            prefix = prefix & (query_offsets[..., None] - offsets <= reach)
+            tail_mask = tail_mask & ((query_offsets[..., None] - tail_offsets[:, None]).abs() <= reach)
+        return torch.cat([prefix, tail_mask], dim=2)[:, None]
+
+    def commit(self, paths: list[list[int]], tail: int, tail_valid: torch.Tensor | None = None) -> None:
+        """Keep each row's path of the tail behind its prefix and drop every other tail column.
+
+        Args:
+            paths (`list[list[int]]`):
+                Tail columns to keep per row, in order.
+            tail (`int`):
+                Number of columns the pass appended.
+            tail_valid (`torch.BoolTensor` of shape `(batch, tail)`, *optional*):
+                Which tail columns hold a token; None if all do.
+        """
+        counts = [len(path) for path in paths]
+        even = self.filled is None and min(counts) == max(counts)
+        if even:
+            new_length = self.length + counts[0]
+            # Most paths are the tail's first columns: nothing has to move then.
+            moved = None if all(path == list(range(counts[0])) for path in paths) else torch.tensor(paths)
+            source = None
+        else:
+            new_length, source = self._right_align(paths)
+            moved = None
+        if self.valid is not None or tail_valid is not None or not even:
+            self._commit_valid(paths, tail, tail_valid, source)
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                _commit_layer(layer, self.length, tail, new_length, moved, source)
+        self.length = new_length
+
+    def rollback(self) -> None:
+        """Drop the tail of a pass that was not committed, whole or broken off."""
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                extra = layer.get_seq_length() - self.length
+                layer.keys, layer.values = (s[:, :, : s.shape[2] - extra] for s in (layer.keys, layer.values))
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = self.length
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only some rows of the batch."""
+        index = torch.tensor(rows)
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.batch_select_indices(index.to(layer.keys.device))
+        if self.valid is not None:
+            self.valid = self.valid[index.to(self.valid.device)]
+        if self.filled is not None:
+            self.filled = [self.filled[row] for row in rows]
+
+    def _right_align(self, paths: list[list[int]]) -> tuple[int, torch.Tensor]:
+        """Return the new length, and for every new column the present column it comes from."""
+        filled = self.filled or [self.length] * len(paths)
+        self.filled = [have + len(path) for have, path in zip(filled, paths, strict=True)]
+        new_length = max(self.filled)
+        source = torch.zeros(len(paths), new_length, dtype=torch.long)
+        for row, (have, path) in enumerate(zip(filled, paths, strict=True)):
+            source[row, new_length - self.filled[row] :] = torch.cat(
+                [torch.arange(self.length - have, self.length), torch.tensor(path, dtype=torch.long) + self.length]
+            )
+        return new_length, source
+
+    def _commit_valid(self, paths, tail: int, tail_valid: torch.Tensor | None, source: torch.Tensor | None) -> None:
+        device = tail_valid.device if tail_valid is not None else self.cache.layers[0].keys.device
+        prefix = self.valid
+        if prefix is None:
+            prefix = torch.ones(len(paths), self.length, dtype=torch.bool, device=device)
+        if tail_valid is None:
+            tail_valid = prefix.new_ones(len(paths), tail)
+        valid = torch.cat([prefix, tail_valid], dim=1)
+        if source is None:
+            columns = torch.tensor(paths, device=device) + self.length
+            self.valid = torch.cat([prefix, valid.gather(1, columns)], dim=1)
+            return
+        self.valid = valid.gather(1, source.to(device))
+        for row, filled in enumerate(self.filled or ()):
+            self.valid[row, : source.shape[1] - filled] = False
+        if min(self.filled or ()) == source.shape[1]:
+            self.filled = None
+
+
+def _commit_layer(
+    layer: DynamicLayer,
+    length: int,
+    tail: int,
+    new_length: int,
+    moved: torch.Tensor | None,
+    source: torch.Tensor | None,
+) -> None:
+    """Compact one layer's keys and values; a sliding layer holds only the last columns of the prefix."""
+    stored = layer.keys.shape[-2] - tail
+    window = getattr(layer, "sliding_window", None)
+    keep = new_length if window is None else min(new_length, window - 1)
+    for name in ("keys", "values"):
+        states = getattr(layer, name)
+        if source is not None:
+            columns = (source[:, new_length - keep :].to(states.device) - (length - stored)).clamp(min=0)
+            states = states.gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+        else:
+            kept = new_length - length
+            if moved is not None:
+                columns = moved.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                states[:, :, stored : stored + kept] = states[:, :, stored:].gather(2, columns)
+            states = states[:, :, max(0, stored + kept - keep) : stored + kept]
+        setattr(layer, name, states)
+    if window is not None:
+        layer.cumulative_length = new_length
+
+
+__all__ = ["PrefixCache", "check_restorable", "recording_past"]

@@ -1,0 +1,289 @@
+"""From the target's states to a draft tree: context features, one drafting pass, the builder."""
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation import CandidateGenerator
+from transformers.utils import logging
+
+from .cache import PrefixCache
+from .configuration_treeflash import DRAFTING_DEFAULTS
+from .tree import DraftTree, build_tree
+from .verify import attention_mask_for
+
+logger = logging.get_logger(__name__)
+
+
+class Context(NamedTuple):
+    """Target states of newly committed positions, what the drafter reads next.
+
+    Attributes:
+        hidden_states (`torch.Tensor` of shape `(batch, length, taps * hidden_size)`):
+            States at the drafter's `target_layer_ids`, concatenated.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`):
+            Their absolute positions.
+        counts (`list[int]`):
+            How many of them each row has; the rest, at the end, is filler.
+        valid (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
+            Which of them hold a token rather than padding or filler; None if all do.
+    """
+
+    hidden_states: torch.Tensor
+    position_ids: torch.Tensor
+    counts: list[int]
+    valid: torch.Tensor | None = None
+
+    def select(self, rows: list[int]) -> "Context":
+        """Keep only some rows of the batch."""
+        return Context(
+            self.hidden_states[rows],
+            self.position_ids[rows],
+            [self.counts[row] for row in rows],
+            None if self.valid is None else self.valid[rows],
+        )
+
+    def followed_by(self, other: "Context") -> "Context":
+        """Append a later context of the same single row."""
+        return Context(
+            torch.cat([self.hidden_states, other.hidden_states], dim=1),
+            torch.cat([self.position_ids, other.position_ids], dim=1),
+            [self.counts[0] + other.counts[0]],
+            other.valid if other.valid is None else nn.functional.pad(other.valid, (self.counts[0], 0), value=True),
+        )
+
+
+class DraftingKnobs(NamedTuple):
+    """The drafting settings of `drafter.generation_config`, checked."""
+
+    tree_budget: int
+    num_candidates: int
+    branching: int
+    draft_temperature: float
+
+    @classmethod
+    def read(cls, generation_config: GenerationConfig) -> "DraftingKnobs":
+        """Read the knobs, refusing impossible values and misspelt names.
+
+        Raises:
+            ValueError: Naming the knob.
+        """
+        known = set(vars(GenerationConfig())) | set(DRAFTING_DEFAULTS)
+        unknown = [name for name in vars(generation_config) if name not in known and not name.startswith("_")]
+        if unknown:
+            raise ValueError(
+                f"Unknown drafting knob `{unknown[0]}` in the drafter's generation_config; "
+                f"the knobs are {', '.join(DRAFTING_DEFAULTS)}."
+            )
+        values = {name: getattr(generation_config, name, default) for name, default in DRAFTING_DEFAULTS.items()}
+        for name, least in (("tree_budget", 2), ("num_candidates", 1), ("branching", 1)):
+            if type(values[name]) is not int or values[name] < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {values[name]!r}.")
+        temperature = values["draft_temperature"]
+        if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+            raise ValueError(f"`draft_temperature` must be a positive number, got {temperature!r}.")
+        return cls(**values)
+
+
+class TreeFlashCandidateGenerator(CandidateGenerator):
+    """Drafts with a TreeFlash (or DFlash) drafter: a tree for our own loop, its best chain for transformers' loop.
+
+    Args:
+        assistant_model ([`PreTrainedModel`]):
+            The drafter; anything with its config and a `draft` method, so PEFT-wrapped and Hub-loaded ones too.
+        main_model_input_embeddings (`nn.Module`):
+            The target's input embedding, called as a module.
+        main_model_output_embeddings (`nn.Module`):
+            The target's output layer, called as a module.
+        generation_config ([`GenerationConfig`], *optional*):
+            Drafting knobs; the drafter's own by default.
+    """
+
+    requires_model_outputs: bool = True
+    model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": True}  # noqa: RUF012 (transformers' contract)
+
+    def __init__(
+        self,
+        assistant_model,
+        main_model_input_embeddings: nn.Module,
+        main_model_output_embeddings: nn.Module,
+        generation_config: GenerationConfig | None = None,
+    ):
+        self.drafter = assistant_model
+        self.target_embed = without_embed_norm(main_model_input_embeddings)
+        self.target_head = main_model_output_embeddings
+        self.knobs = DraftingKnobs.read(generation_config or assistant_model.generation_config)
+        self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))
+        self.prefix.cache.activate_past_recording()
+        self.rounds = self.emitted = 0
+
+    def draft_tree(self, anchor_ids: torch.Tensor, context: Context) -> DraftTree:
+        """Read the new context and draft the trees of one round.
+
+        Args:
+            anchor_ids (`torch.LongTensor` of shape `(batch,)`):
+                Newest committed tokens, whose states the target has not computed yet.
+            context ([`Context`]):
+                States of the positions committed since the last call.
+
+        Returns:
+            [`DraftTree`] on the anchors' device.
+        """
+        slots, length = self.drafter.config.block_size, context.hidden_states.shape[1]
+        counts = torch.tensor(context.counts, device=context.position_ids.device)
+        last = context.position_ids.gather(1, counts[:, None] - 1)
+        block = last + torch.arange(1, slots + 1, device=last.device)
+        transitions = self.drafter.draft(
+            anchor_ids,
+            context.hidden_states.to(self.drafter.device, self.drafter.dtype),
+            self._embed,
+            self._lm_head,
+            position_ids=torch.cat([context.position_ids, block], dim=1).to(self.drafter.device),
+            attention_mask=self._mask(context, counts),
+            past_key_values=self.prefix.cache,
+            num_candidates=self.knobs.num_candidates,
+            branching=self.knobs.branching,
+            temperature=self.knobs.draft_temperature,
+        )
+        tail_valid = context.valid
+        if tail_valid is not None:
+            tail_valid = nn.functional.pad(tail_valid, (0, slots), value=True).to(self.drafter.device)
+        # The context's keys and values stay, the block's go.
+        self.prefix.commit([list(range(count)) for count in context.counts], length + slots, tail_valid)
+        return build_tree(transitions, anchor_ids.to(transitions.token_ids.device), self.knobs.tree_budget)
+
+    def _mask(self, context: Context, counts: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        config, slots = self.drafter.config, self.drafter.config.block_size
+        batch, length = context.position_ids.shape
+        kinds = dict.fromkeys(config.layer_types)
+        if context.valid is None and self.prefix.valid is None and "sliding_attention" not in kinds:
+            return None
+        device = counts.device
+        valid = torch.ones(batch, length, dtype=torch.bool, device=device) if context.valid is None else context.valid
+        tail = nn.functional.pad(valid, (0, slots), value=True)[:, None].expand(-1, slots, -1)
+        queries = counts[:, None] + torch.arange(slots, device=device)
+        keys = torch.cat([torch.arange(length, device=device).expand(batch, -1), queries], dim=1)
+        masks = {}
+        for kind in kinds:
+            window = config.sliding_window if kind == "sliding_attention" else None
+            # A DFlash window reaches `sliding_window` tokens to either side, inclusively.
+            visible = self.prefix.visible(tail, queries, keys, window, reach=window)
+            masks[kind] = attention_mask_for(self.drafter, visible.to(self.drafter.device))
+        return masks
+
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        model_kwargs: dict[str, Any],
+        model_outputs,
+        is_first_iteration: bool,
+        n_last_matches: int,
+        **kwargs,
+    ) -> tuple[torch.LongTensor, None]:
+        """Draft the most probable chain, for transformers' own assisted decoding (batch 1).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(1, length)`):
+                Committed tokens, the anchor last.
+            model_kwargs (`dict`), model_outputs ([`ModelOutput`]), is_first_iteration (`bool`), n_last_matches (`int`):
+                As [`CandidateGenerator`] defines them.
+
+        Returns:
+            `tuple[torch.LongTensor, None]`: The tokens with the chain behind them, and no logits: the target's own
+            choices are compared with the chain, which keeps its law.
+        """
+        if is_first_iteration:  # there are no target states to read yet
+            return input_ids, None
+        first = self.prefix.length == 0
+        count = input_ids.shape[1] - 1 if first else n_last_matches + 1
+        states = [model_outputs.hidden_states[layer + 1][:, :count] for layer in self.drafter.config.target_layer_ids]
+        start = input_ids.shape[1] - 1 - count
+        positions = torch.arange(start, start + count, device=input_ids.device)[None]
+        tree = self.draft_tree(input_ids[:, -1], Context(torch.cat(states, dim=-1), positions, [count]))
+        deepest = int(tree.path_log_probs[0].masked_fill(tree.depths[0] < tree.depths[0].max(), -torch.inf).argmax())
+        chain = tree.token_ids[0][tree.ancestor_mask[0, deepest]][1:]
+        return torch.cat([input_ids, chain[None].to(input_ids.device)], dim=1), None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int):
+        """Note how many drafted tokens the target accepted; a drafter that never helps is reported once.
+
+        Args:
+            input_ids (`torch.LongTensor`), scores (`torch.FloatTensor`):
+                Unused, part of the contract.
+            num_matches (`int`):
+                Accepted drafted tokens, the extra token excluded.
+        """
+        self.rounds += 1
+        self.emitted += num_matches + 1
+        if self.rounds == 50 and self.emitted < 1.2 * self.rounds:
+            logger.warning_once(
+                f"The drafter hardly helps: {self.emitted / self.rounds:.2f} tokens per target pass over 50 rounds. "
+                "Check that it was trained for this target, and with this chat template and thinking mode."
+            )
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        device = next(self.target_embed.parameters()).device
+        return self.target_embed(token_ids.to(device)).to(self.drafter.device, self.drafter.dtype)
+
+    def _lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = next(self.target_head.parameters())
+        # A quantised weight says nothing of the dtype its layer takes.
+        return self.target_head(hidden_states.to(weight.device, weight.dtype if weight.is_floating_point() else None))
+
+
+def without_embed_norm(embedding: nn.Module) -> nn.Module:
+    """Return the embedding without a norm built into it, as DFlash drafters are trained; weights stay shared."""
+    if not hasattr(embedding, "embed_norm"):
+        return embedding
+    bare = copy.copy(embedding)
+    bare._modules = {**embedding._modules, "embed_norm": nn.Identity()}
+    return bare
+
+
+@contextmanager
+def tapped_states(target, layer_ids: list[int]) -> Iterator[list[torch.Tensor]]:
+    """Collect the target's states at some layers while the context is open.
+
+    Hooks see every version of transformers alike and keep nothing but these layers. Only forwards of the calling
+    thread are collected, so several threads can share a target.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The target.
+        layer_ids (`list[int]`):
+            Zero-based decoder layers; the last layer's state is taken after the final norm, as transformers counts.
+
+    Yields:
+        `list[torch.Tensor]`: One entry per forward, of shape `(batch, length, taps * hidden_size)`; the reader empties it.
+    """
+    decoder = target.get_decoder()
+    owner, states, collected = threading.get_ident(), {}, []
+
+    def keep(layer_id: int):
+        def hook(module, args, output):
+            if threading.get_ident() != owner:
+                return
+            states[layer_id] = output[0] if isinstance(output, tuple) else output
+            if len(states) == len(set(layer_ids)):
+                device = states[layer_ids[0]].device
+                collected.append(torch.cat([states[i].to(device) for i in layer_ids], dim=-1))
+                states.clear()
+
+        return hook
+
+    final = len(decoder.layers) - 1
+    modules = {i: decoder.norm if i == final else decoder.layers[i] for i in layer_ids}
+    handles = [module.register_forward_hook(keep(i)) for i, module in modules.items()]
+    try:
+        yield collected
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+__all__ = ["Context", "DraftingKnobs", "TreeFlashCandidateGenerator", "tapped_states"]

@@ -1,0 +1,269 @@
+"""The decoding loop (draft, verify, walk, commit) and its one hook into `generate()`."""
+
+import functools
+
+import torch
+from transformers import Cache, GenerationMixin
+
+from .cache import PrefixCache, recording_past
+from .candidate_generator import Context, TreeFlashCandidateGenerator, tapped_states
+from .logits_process import TreeLogitsProcessor
+from .outputs import Recorder
+from .sequences import Sequences
+from .tree import DraftTree
+from .validation import check_call
+from .verify import Verdict, attention_windows, verify, walk
+
+# What a verify pass sets itself, or only the prompt needs.
+PROMPT_KWARGS = {"attention_mask", "position_ids", "past_key_values", "inputs_embeds", "logits_to_keep"}
+
+
+class TreeDecoding:
+    """One `generate` call: the texts, both models' caches, and the verbs of a round.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The model whose text is kept.
+        drafter ([`PreTrainedModel`]):
+            The drafter.
+        input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs:
+            As `generate` prepares them for a decoding method.
+    """
+
+    def __init__(
+        self,
+        target,
+        drafter,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        streamer,
+        model_kwargs,
+    ):
+        self.target, self.drafter, self.streamer = target, drafter, streamer
+        self.input_ids, self.generation_config, self.model_kwargs = input_ids, generation_config, model_kwargs
+        self.rows = list(range(input_ids.shape[0]))  # those still being written
+        self.sequences = Sequences(input_ids, stopping_criteria)
+        self.processor = TreeLogitsProcessor(logits_processor, batch=len(self.rows))
+        self.recorder = Recorder(generation_config, len(self.rows))
+        self.acceptance_lengths: list[list[int]] = [[] for _ in self.rows]
+        self.generator = TreeFlashCandidateGenerator(
+            drafter, target.get_input_embeddings(), target.get_output_embeddings()
+        )
+
+    def run(self):
+        """Decode until every row is finished; return what `generate` returns."""
+        with tapped_states(self.target, self.drafter.config.target_layer_ids) as self.taps:
+            self.prefill()
+            with recording_past(self.prefix.cache):
+                try:
+                    while self.rows:
+                        tree = self.draft()
+                        outputs = self.verify(tree)
+                        verdicts = self.walk(tree, outputs)
+                        self.commit(tree, verdicts)
+                except BaseException:
+                    self.prefix.rollback()
+                    raise
+        return self.result()
+
+    def prefill(self) -> None:
+        """Run the target over the prompt as plain decoding does, and choose the first token."""
+        kwargs, batch = self.model_kwargs, len(self.rows)
+        earlier = recall_context(kwargs["past_key_values"], self.drafter)
+        outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs)
+        states = torch.cat(self.taps, dim=1)
+        self.taps.clear()
+        mask, position_ids = kwargs.get("attention_mask"), kwargs["position_ids"]
+        valid = None if mask is None else mask.bool()
+        self.prefix = PrefixCache(outputs.past_key_values, valid)
+        # Models with several position axes still have the drafter count tokens.
+        text_ids = position_ids if position_ids.ndim == 2 else count_positions(mask, self.prefix.length, position_ids)
+        self.positions = position_ids[..., -1].expand(*position_ids.shape[:-2], batch) + 1
+        self.text_positions = text_ids[:, -1].expand(batch) + 1
+        length = states.shape[1]
+        self.context = Context(
+            states,
+            text_ids[:, -length:].expand(batch, -1),
+            [length] * batch,
+            None if valid is None else valid[:, -length:],
+        )
+        if earlier is not None:
+            self.generator.prefix, pending = earlier
+            self.context = pending.followed_by(self.context)
+        self.recorder.prefill(outputs)
+        # The prompt's last token is the root of a tree without branches.
+        self._keep_unfinished(self._walk([{}] * batch, outputs.logits[:, -1:]))
+
+    def draft(self) -> DraftTree:
+        """Draft the trees of one round on the target's device."""
+        return self.generator.draft_tree(self.anchor_ids, self.context).to(self.anchor_ids.device)
+
+    def verify(self, tree: DraftTree):
+        """Run the target once over the trees; return its output, one row of logits per node."""
+        kwargs = {key: value for key, value in self.model_kwargs.items() if key not in PROMPT_KWARGS}
+        return verify(self.target, tree, self.prefix, self.positions, kwargs)
+
+    def walk(self, tree: DraftTree, outputs) -> list[Verdict]:
+        """Follow the target's own choices through each tree."""
+        verdicts = self._walk(tree.children, outputs.logits)
+        for index, (row, verdict) in enumerate(zip(self.rows, verdicts, strict=True)):
+            self.acceptance_lengths[row].append(len(verdict.path))
+            self.recorder.path(row, index, verdict.path, outputs, self.prefix)
+            self.generator.update_candidate_strategy(self.input_ids, outputs.logits, len(verdict.path) - 1)
+        return verdicts
+
+    def commit(self, tree: DraftTree, verdicts: list[Verdict]) -> None:
+        """Keep the accepted paths' keys and values; their states are the drafter's next context."""
+        paths = [verdict.path for verdict in verdicts]
+        self.prefix.commit(paths, tail=tree.token_ids.shape[1])
+        counts = [len(path) for path in paths]
+        longest, states = max(counts), self.taps.pop()
+        device = states.device
+        nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
+        steps = torch.arange(longest, device=device)
+        accepted = torch.tensor(counts, device=device)
+        self.context = Context(
+            states.gather(1, nodes[..., None].expand(-1, -1, states.shape[-1])),
+            self.text_positions.to(device)[:, None] + steps,
+            counts,
+            None if min(counts) == longest else steps < accepted[:, None],
+        )
+        self.positions = self.positions + accepted.to(self.positions.device)
+        self.text_positions = self.text_positions + accepted.to(self.text_positions.device)
+        self._keep_unfinished(verdicts)
+
+    def result(self):
+        """Return the ids, or the dictionary the call asked for."""
+        cache = self.prefix.cache
+        if len(self.acceptance_lengths) == 1:
+            remember_context(cache, self.drafter, self.generator.prefix, self.context)
+        if self.streamer is not None:
+            self.streamer.end()
+        ids = self.sequences.padded(self.generation_config._pad_token_tensor)
+        if not self.generation_config.return_dict_in_generate:
+            return ids
+        return self.recorder.result(ids, cache, self.acceptance_lengths)
+
+    def _walk(self, children: list[dict], logits: torch.Tensor) -> list[Verdict]:
+        do_sample, choices = self.generation_config.do_sample, None
+        if not do_sample and not self.recorder.needs_scores and self.processor.prefix_independent:
+            choices = self.processor.whole_tree(logits).argmax(dim=-1).tolist()
+        verdicts = []
+        for index, row in enumerate(self.rows):
+
+            def choose(node: int, index=index, row=row) -> int:
+                if choices is not None:
+                    return choices[index][node]
+                raw = logits[index, node, None].to(self.input_ids.device, torch.float32, copy=True)
+                scores = self.processor.node(row, self.sequences.prefix(row), raw)
+                self.recorder.token(row, scores, raw)
+                if not do_sample:
+                    return int(scores.argmax(dim=-1))
+                return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1))
+
+            def emit(token: int, row=row) -> bool:
+                return self.sequences.append(row, token, self.recorder.scores_of(row))
+
+            verdicts.append(walk(children[index], choose, emit))
+            self._stream(verdicts[-1].token_ids)
+        return verdicts
+
+    def _stream(self, token_ids: list[int]) -> None:
+        if self.streamer is not None:
+            for token in token_ids:
+                self.streamer.put(torch.tensor([token]))
+
+    def _keep_unfinished(self, verdicts: list[Verdict]) -> None:
+        """Set the next anchors, and take rows that are finished out of the batch: they cost nothing from here on."""
+        kept = [index for index, verdict in enumerate(verdicts) if not verdict.finished]
+        anchors = [verdicts[index].token_ids[-1] for index in kept]
+        self.anchor_ids = torch.tensor(anchors, dtype=torch.long, device=self.target.device)
+        self.rows = [self.rows[index] for index in kept]
+        if 0 < len(kept) < len(verdicts):
+            self.prefix.select(kept)
+            self.generator.prefix.select(kept)
+            self.context = self.context.select(kept)
+            self.positions, self.text_positions = self.positions[..., kept], self.text_positions[kept]
+
+
+def count_positions(attention_mask: torch.Tensor | None, length: int, like: torch.Tensor) -> torch.Tensor:
+    """Number the tokens of each row from 0, padding aside; `(batch or 1, length)`."""
+    if attention_mask is None:
+        return torch.arange(length, device=like.device)[None]
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def remember_context(cache: Cache, drafter, prefix: PrefixCache, pending: Context) -> None:
+    """Leave the drafter's cache with the target's, so that a next turn on it drafts with the whole conversation."""
+    cache._treeflash_context = (id(drafter), prefix, pending)
+
+
+def recall_context(cache: Cache, drafter) -> tuple[PrefixCache, Context] | None:
+    """Return what an earlier turn left with this cache, if it is this drafter's and the cache was not cut since."""
+    owner, prefix, pending = getattr(cache, "_treeflash_context", (None, None, None))
+    if owner != id(drafter) or prefix.length + pending.counts[0] != cache.get_seq_length():
+        return None
+    return prefix, pending
+
+
+def tree_decoding(
+    target,
+    input_ids,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    synced_gpus=False,
+    streamer=None,
+    inputs_tensor=None,
+    assistant_model=None,
+    assistant_tokenizer=None,
+    tokenizer=None,
+    **model_kwargs,
+):
+    """Decode with a TreeFlash drafter; the decoding method `generate` runs in place of its assisted decoding.
+
+    Arguments and return value are those of `GenerationMixin._assisted_decoding`; a dictionary output also has
+    `acceptance_lengths` and `block_efficiency`, see [`TreeFlashGenerateOutput`].
+    """
+    check_call(target, assistant_model, generation_config, model_kwargs, assistant_tokenizer, synced_gpus)
+    return TreeDecoding(
+        target,
+        assistant_model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        streamer,
+        model_kwargs,
+    ).run()
+
+
+def install_hook() -> None:
+    """Let `generate(assistant_model=drafter)` reach the tree for TreeFlash drafters; all others keep their way."""
+    original = GenerationMixin._assisted_decoding
+    if hasattr(original, "_before_treeflash"):
+        return
+
+    @functools.wraps(original)
+    def _assisted_decoding(self, *args, **kwargs):
+        drafter, generation_config = kwargs.get("assistant_model"), kwargs.get("generation_config")
+        is_ours = getattr(getattr(drafter, "config", None), "model_type", None) == "treeflash"
+        # `speculation_type="dflash"` asks for transformers' own chain.
+        if is_ours and getattr(generation_config, "speculation_type", None) is None:
+            return tree_decoding(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    _assisted_decoding._before_treeflash = original
+    GenerationMixin._assisted_decoding = _assisted_decoding
+
+
+def remove_hook() -> None:
+    """Undo [`install_hook`]."""
+    original = getattr(GenerationMixin._assisted_decoding, "_before_treeflash", None)
+    if original is not None:
+        GenerationMixin._assisted_decoding = original
+
+
+__all__ = ["install_hook", "remove_hook", "tree_decoding"]

@@ -1,0 +1,417 @@
+"""The TreeFlash drafter: a DFlash backbone and a head that conditions each token on the one before it."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+
+from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
+
+
+class Transitions(NamedTuple):
+    """The most likely next tokens after every shortlisted token, at every depth of a block.
+
+    Depth index `d` (0-based) describes the nodes of depth `d + 1`. Its row `r` belongs to the `r`-th shortlisted
+    token of the slot before; at depth index 0 only row 0, the anchor's, is meaningful. A marginal drafter has one row.
+
+    Attributes:
+        token_ids (`torch.LongTensor` of shape `(batch, depth, rows, branching)`):
+            Next tokens, most likely first.
+        log_probs (`torch.FloatTensor` of the same shape, nats):
+            Their log-probabilities.
+        next_row (`torch.LongTensor` of the same shape):
+            The row of depth index `d + 1` that continues the token, or -1 where none does: such a node is a leaf.
+    """
+
+    token_ids: torch.Tensor
+    log_probs: torch.Tensor
+    next_row: torch.Tensor
+
+
+@dataclass
+class TreeFlashOutput(BaseModelOutputWithPast):
+    """Output of [`TreeFlashDraftModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, block_size, hidden_size)`):
+            Normed states; the target's output layer turns them into the marginal distributions.
+        corrected_hidden_state (`torch.FloatTensor` of shape `(batch, block_size - 1, hidden_size)`, *optional*):
+            Normed states of slots 1 onwards, corrected for the previous tokens that were passed in.
+    """
+
+    corrected_hidden_state: torch.FloatTensor | None = None
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return states * cos + rotate_half(states) * sin
+
+
+class TreeFlashAttention(nn.Module):
+    """Attention of a block over the context and itself, without a causal order."""
+
+    def __init__(self, config: TreeFlashConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.layer_type = (config.layer_types or [])[layer_idx]
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        query_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, context, position_embeddings, attention_mask, past_key_values, **kwargs):
+        batch, slots, _ = hidden_states.shape
+        # One projection for context and block together: their keys and values differ only in where they come from.
+        source = torch.cat([context, hidden_states], dim=1)
+        query = self.q_norm(self.q_proj(hidden_states).view(batch, slots, -1, self.head_dim)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(source).view(batch, source.shape[1], -1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(source).view(batch, source.shape[1], -1, self.head_dim).transpose(1, 2)
+        cos, sin = position_embeddings
+        query = apply_rotary(query, cos[:, :, -slots:], sin[:, :, -slots:])
+        key = apply_rotary(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, slots, -1))
+
+
+class TreeFlashDecoderLayer(GradientCheckpointingLayer):
+    """One drafter layer; the context enters as keys and values only and is not updated."""
+
+    def __init__(self, config: TreeFlashConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = TreeFlashAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, context, **kwargs):
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, **kwargs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class ARHead(nn.Module):
+    """SwiGLU correction of a slot's state for the token before it (arXiv 2606.03819, AR approximation)."""
+
+    def __init__(self, config: TreeFlashConfig):
+        super().__init__()
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=1e-6)
+        self.up_gate_proj = nn.Linear(2 * config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        # `post_init` overwrites values set here, so the leaf carries a mark for `_init_weights` instead.
+        self.down_proj._zero_init = True
+
+    def forward(self, previous_embeds: torch.Tensor, normed_states: torch.Tensor) -> torch.Tensor:
+        """Return the term to add to the un-normed states.
+
+        Args:
+            previous_embeds (`torch.Tensor` of shape `(..., rows, hidden_size)`):
+                Target embeddings of the previous tokens.
+            normed_states (`torch.Tensor` of shape `(..., rows or 1, hidden_size)`):
+                Normed backbone states of the slots; one row serves all previous tokens of its slot.
+        """
+        up, gate = self._up_gate(self.norm(previous_embeds), normed_states).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+    def _up_gate(self, previous: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        if type(self.up_gate_proj) is not nn.Linear:  # adapted or quantised: only the module knows its weight
+            return self.up_gate_proj(torch.cat([previous, states.expand_as(previous)], dim=-1))
+        # The state's half of the product is the same for every previous token of a slot: compute it once.
+        previous_weight, state_weight = self.up_gate_proj.weight.chunk(2, dim=1)
+        return F.linear(previous, previous_weight) + F.linear(states, state_weight, self.up_gate_proj.bias)
+
+
+class TreeFlashPreTrainedModel(PreTrainedModel):
+    config: TreeFlashConfig
+    config_class = TreeFlashConfig
+    base_model_prefix = "model"
+    main_input_name = "noise_embeds"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TreeFlashDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if getattr(module, "_zero_init", False):
+            init.zeros_(module.weight)
+
+
+class TreeFlashDraftModel(TreeFlashPreTrainedModel):
+    """A drafter for `target.generate(assistant_model=drafter)`.
+
+    It shares the target's embeddings and output layer, so it holds neither. `forward` follows the contract of
+    transformers' own DFlash drafters; [`~TreeFlashDraftModel.draft`] adds the transitions a draft tree is built from.
+
+    Args:
+        config ([`TreeFlashConfig`]):
+            Shape of the drafter.
+
+    Source: TreeFlash (arXiv 2606.03819) on a DFlash backbone (arXiv 2602.06036).
+    """
+
+    def __init__(self, config: TreeFlashConfig):
+        super().__init__(config)
+        self.fc = nn.Linear(len(config.target_layer_ids or ()) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(TreeFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.ar_head = ARHead(config) if config.ar_head is not None else None
+        self.gradient_checkpointing = False
+        self.generation_config = GenerationConfig(**DRAFTING_DEFAULTS)
+        self.post_init()
+
+    def forward(
+        self,
+        noise_embeds: torch.Tensor,
+        context_hidden_states: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        past_key_values=None,
+        previous_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> TreeFlashOutput:
+        """Run one drafting pass.
+
+        Args:
+            noise_embeds (`torch.Tensor` of shape `(batch, slots, hidden_size)`):
+                Target embeddings of the anchor and of the mask token; any number of blocks when training.
+            context_hidden_states (`torch.Tensor` of shape `(batch, context, taps * hidden_size)`):
+                Target states at `config.target_layer_ids`, concatenated, for the newly committed positions.
+            position_ids (`torch.LongTensor` of shape `(batch, context + slots)`, *optional*):
+                Absolute positions, context first.
+            attention_mask (`torch.Tensor` or `dict[str, torch.Tensor]`, *optional*):
+                2D padding mask over cached context, new context and slots, or 4D masks (boolean or additive) of
+                shape `(batch, 1, slots, keys)`, one for all layers or one per layer type. None: everything is seen.
+            past_key_values ([`Cache`], *optional*):
+                Keys and values of earlier context. The caller drops the block's again.
+            previous_embeds (`torch.Tensor` of shape `(batch, slots, hidden_size)`, *optional*):
+                Target embeddings of the token before each slot; asks for `corrected_hidden_state` (training).
+
+        Returns:
+            [`TreeFlashOutput`]
+        """
+        hidden_states = self.backbone(
+            noise_embeds, context_hidden_states, position_ids, attention_mask, past_key_values, **kwargs
+        )
+        normed = self.norm(hidden_states)
+        corrected = None
+        if previous_embeds is not None:
+            corrected = self.correct(hidden_states, normed, previous_embeds)
+        return TreeFlashOutput(
+            last_hidden_state=normed, past_key_values=past_key_values, corrected_hidden_state=corrected
+        )
+
+    def backbone(
+        self, noise_embeds, context_hidden_states, position_ids, attention_mask, past_key_values, **kwargs
+    ) -> torch.Tensor:
+        """Return the block's states before the final norm; arguments as in `forward`."""
+        context = self.hidden_norm(self.fc(context_hidden_states))
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            length = context.shape[1] + noise_embeds.shape[1]
+            position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
+        masks = self._layer_masks(attention_mask, noise_embeds, past_key_values)
+        cos, sin = self.rotary_emb(noise_embeds, position_ids)
+        position_embeddings = (cos[:, None], sin[:, None])
+        hidden_states = noise_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                context,
+                position_embeddings=position_embeddings,
+                attention_mask=masks[layer.self_attn.layer_type],
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return hidden_states
+
+    def correct(self, hidden_states, normed, previous_embeds) -> torch.Tensor:
+        """Return the normed states corrected for the previous tokens: `norm(h + ar_head(previous, norm(h)))`."""
+        if self.ar_head is None:
+            raise ValueError("This drafter has no AR head; set `config.ar_head='swiglu'` to give it one.")
+        return self.norm(hidden_states + self.ar_head(previous_embeds, normed))
+
+    def _layer_masks(self, attention_mask, noise_embeds, past_key_values) -> dict:
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        layer_types = set(self.config.layer_types or ())
+        if (
+            attention_mask is not None
+            and attention_mask.ndim == 4
+            or layer_types == {"full_attention"}
+            and (attention_mask is None)
+        ):
+            return dict.fromkeys(layer_types, attention_mask)
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": noise_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        builders = {
+            "full_attention": create_bidirectional_mask,
+            "sliding_attention": create_bidirectional_sliding_window_mask,
+        }
+        return {layer_type: builders[layer_type](**arguments) for layer_type in layer_types}
+
+    @torch.no_grad()
+    def draft(
+        self,
+        anchor_ids: torch.Tensor,
+        context_hidden_states: torch.Tensor,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        lm_head: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        past_key_values=None,
+        num_candidates: int = DRAFTING_DEFAULTS["num_candidates"],
+        branching: int = DRAFTING_DEFAULTS["branching"],
+        temperature: float = DRAFTING_DEFAULTS["draft_temperature"],
+    ) -> Transitions:
+        """Draft one block: the most likely next tokens after every candidate, at every depth, in one pass.
+
+        Args:
+            anchor_ids (`torch.LongTensor` of shape `(batch,)`):
+                Newest committed tokens.
+            context_hidden_states (`torch.Tensor` of shape `(batch, context, taps * hidden_size)`):
+                See `forward`, like `position_ids`, `attention_mask` and `past_key_values`.
+            embed, lm_head (`Callable`):
+                The target's input embedding and output layer.
+            num_candidates (`int`, *optional*, defaults to 16):
+                Previous tokens considered per slot (M).
+            branching (`int`, *optional*, defaults to 16):
+                Next tokens kept per previous token (K).
+            temperature (`float`, *optional*, defaults to 1.0):
+                Temperature of the draft distribution.
+
+        Returns:
+            [`Transitions`] with `block_size - 1` depths.
+
+        Source: stages 1 and 2 of arXiv 2606.03819.
+        """
+        masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
+        noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))
+        hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, past_key_values)
+        hidden = hidden[:, 1:]
+        normed = self.norm(hidden)
+        if self.ar_head is None:
+            return marginal_transitions(lm_head(normed), branching, temperature)
+
+        # The last slot precedes nothing, so it needs no shortlist.
+        shortlist = lm_head(normed[:, :-1]).topk(min(num_candidates, self.config.vocab_size), dim=-1).indices
+        first = self.correct(hidden[:, :1, None], normed[:, :1, None], noise_embeds[:, :1, None])
+        rest = self.correct(hidden[:, 1:, None], normed[:, 1:, None], embed(shortlist))
+        rows = torch.cat([first.flatten(1, 2), rest.flatten(1, 2)], dim=1)
+        token_ids, log_probs = top_log_probs(lm_head(rows), branching, temperature)
+        return conditional_transitions(token_ids, log_probs, shortlist)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
+        """Load a drafter from a folder or Hub repository in any published layout.
+
+        Ours, the official TreeFlash layout, DFlash, transformers' own DFlash layout and vLLM speculators' DFlash are
+        recognised by their config; weights must be safetensors and no code of the repository is run. Arguments are
+        those of [`PreTrainedModel.from_pretrained`]; `ar_head="swiglu"` gives a head-less checkpoint a fresh head.
+        """
+        from .checkpoints import resolve_checkpoint
+
+        generation_config = kwargs.pop("generation_config", None)
+        kwargs, stored_generation_config = resolve_checkpoint(cls, pretrained_model_name_or_path, kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        drafter = loaded[0] if isinstance(loaded, tuple) else loaded
+        drafter.generation_config = generation_config or stored_generation_config
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Save weights and config as any transformers model does, and the drafting knobs beside them."""
+        # Always our layout, also for a drafter that was read from another.
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        self.generation_config.save_pretrained(save_directory)
+
+
+def top_log_probs(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the `k` most likely tokens of each row and their log-probabilities (float32, nats)."""
+    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    # Only the k winners are ever normalised: no full-vocabulary log-probabilities are written.
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+    return top.indices, top.values.float() / temperature - scaled.logsumexp(dim=-1, keepdim=True)
+
+
+def marginal_transitions(logits: torch.Tensor, branching: int, temperature: float) -> Transitions:
+    """Build the one-row transitions of a drafter without a head from logits `(batch, depth, vocab)`."""
+    token_ids, log_probs = top_log_probs(logits[:, :, None], branching, temperature)
+    next_row = torch.zeros_like(token_ids)
+    next_row[:, -1] = -1
+    return Transitions(token_ids, log_probs, next_row)
+
+
+def conditional_transitions(token_ids: torch.Tensor, log_probs: torch.Tensor, shortlist: torch.Tensor) -> Transitions:
+    """Arrange the anchor's row and the shortlists' rows by depth, and link each token to its row of the next depth.
+
+    Args:
+        token_ids, log_probs (`torch.Tensor` of shape `(batch, 1 + (depth - 1) * rows, branching)`):
+            The anchor's row, then `rows` rows for each further depth.
+        shortlist (`torch.LongTensor` of shape `(batch, depth - 1, rows)`):
+            Candidate tokens of each depth but the last.
+    """
+    batch, links, rows = shortlist.shape
+
+    def by_depth(flat: torch.Tensor) -> torch.Tensor:
+        first = flat[:, :1, None].expand(-1, -1, rows, -1)
+        return torch.cat([first, flat[:, 1:].view(batch, links, rows, -1)], dim=1)
+
+    token_ids, log_probs = by_depth(token_ids), by_depth(log_probs)
+    if links == 0:
+        return Transitions(token_ids, log_probs, torch.full_like(token_ids, -1))
+    ordered, order = shortlist.sort(dim=-1)
+    wanted = token_ids[:, :-1].flatten(2)
+    place = torch.searchsorted(ordered, wanted).clamp_(max=rows - 1)
+    found = ordered.gather(-1, place) == wanted
+    next_row = torch.where(found, order.gather(-1, place), -1).view_as(token_ids[:, :-1])
+    return Transitions(token_ids, log_probs, torch.cat([next_row, torch.full_like(next_row[:, :1], -1)], dim=1))
+
+
+__all__ = ["TreeFlashDraftModel", "TreeFlashPreTrainedModel"]

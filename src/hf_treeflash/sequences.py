@@ -1,0 +1,63 @@
+"""The texts being generated: one row each, growing at its own pace, stopping where plain `generate` stops."""
+
+import torch
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+
+class Sequences:
+    """Token ids of every row, with the stopping criteria of the call.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`):
+            Prompts, padded as they were given.
+        stopping_criteria ([`StoppingCriteriaList`]):
+            The criteria of the call.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, stopping_criteria: StoppingCriteriaList):
+        self.prompt_length = input_ids.shape[1]
+        self.lengths = [self.prompt_length] * input_ids.shape[0]
+        self._ids = input_ids
+        self._max_length = None
+        self._eos_ids: set[int] = set()
+        # Length and end-of-text need no tensor; exact types, as a subclass may decide otherwise.
+        self._criteria = StoppingCriteriaList()
+        for criterion in stopping_criteria:
+            if type(criterion) is MaxLengthCriteria:
+                self._max_length = min(criterion.max_length, self._max_length or criterion.max_length)
+            elif type(criterion) is EosTokenCriteria:
+                self._eos_ids |= set(criterion.eos_token_id.tolist())
+            else:
+                self._criteria.append(criterion)
+
+    def prefix(self, row: int) -> torch.Tensor:
+        """Return one row's ids so far, of shape `(1, length)`."""
+        return self._ids[row : row + 1, : self.lengths[row]]
+
+    def append(self, row: int, token: int, scores: tuple | None) -> bool:
+        """Add a token to a row; return whether that ends the row.
+
+        Args:
+            scores (`tuple[torch.FloatTensor]`, *optional*):
+                What stopping criteria are shown as scores.
+        """
+        length = self.lengths[row]
+        if length == self._ids.shape[1]:
+            room = max(64, length // 2)
+            self._ids = torch.cat([self._ids, self._ids.new_zeros(self._ids.shape[0], room)], dim=1)
+        self._ids[row, length] = token
+        self.lengths[row] = length + 1
+        if token in self._eos_ids or (self._max_length is not None and length + 1 >= self._max_length):
+            return True
+        return bool(self._criteria) and bool(self._criteria(self.prefix(row), scores)[0])
+
+    def padded(self, pad_token_id: torch.Tensor | None) -> torch.Tensor:
+        """Return all rows, shorter ones filled up with the pad token, of shape `(batch, longest)`."""
+        ids = self._ids[:, : max(self.lengths)].clone()
+        for row, length in enumerate(self.lengths):
+            if length < ids.shape[1]:
+                ids[row, length:] = pad_token_id
+        return ids
+
+
+__all__ = ["Sequences"]

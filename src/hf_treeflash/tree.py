@@ -1,0 +1,222 @@
+"""The draft tree, and its builder: the most probable nodes under the drafter's transitions."""
+
+import heapq
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+
+class NodeTable(NamedTuple):
+    """One row's nodes as host lists, root first, parents before children."""
+
+    token_ids: list[int]
+    parents: list[int]
+    depths: list[int]
+    path_log_probs: list[float]
+    ancestors: list[int]  # bit j of entry i: node i sees node j
+
+
+@dataclass
+class DraftTree:
+    """Candidate continuations of one round, one tree per row; node 0 is the anchor.
+
+    Attributes:
+        token_ids (`torch.LongTensor` of shape `(batch, nodes)`):
+            Token of each node.
+        parents (`torch.LongTensor` of shape `(batch, nodes)`):
+            Index of each node's parent, -1 for the root and for unused nodes.
+        depths (`torch.LongTensor` of shape `(batch, nodes)`):
+            Distance from the root.
+        ancestor_mask (`torch.BoolTensor` of shape `(batch, nodes, nodes)`):
+            Whether node `i` sees node `j`: its ancestors and itself.
+        path_log_probs (`torch.FloatTensor` of shape `(batch, nodes)`, nats):
+            Log-probability the drafter gives to the path from the root; -inf for unused nodes.
+    """
+
+    token_ids: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    ancestor_mask: torch.Tensor
+    path_log_probs: torch.Tensor
+
+    @cached_property
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """For each row, the child node reached from (node, token)."""
+        return [
+            {(parent, token): node for node, (parent, token) in enumerate(zip(*row, strict=True)) if parent >= 0}
+            for row in zip(self.parents.tolist(), self.token_ids.tolist(), strict=True)
+        ]
+
+    def to(self, device: torch.device) -> "DraftTree":
+        """Move the tree to a device."""
+        if self.token_ids.device == device:
+            return self
+        return DraftTree(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def build_tree(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> DraftTree:
+    """Build the trees of the `tree_budget - 1` most probable nodes below each anchor.
+
+    The order of nodes is deterministic: higher path log-probability first, then shallower, then smaller rank path
+    (the ranks of the choices from the root down, compared in that order).
+
+    Args:
+        transitions ([`Transitions`]):
+            What the drafter proposes, see [`TreeFlashDraftModel.draft`].
+        anchor_ids (`torch.LongTensor` of shape `(batch,)`):
+            Newest committed tokens.
+        tree_budget (`int`):
+            Nodes per tree, root included.
+
+    Returns:
+        [`DraftTree`]: On the device of `transitions`; smaller than the budget where there are not enough candidates.
+
+    Source: arXiv 2606.03819; the selection is OPT-Tree's (arXiv 2406.17276).
+    """
+    if transitions.log_probs.device.type == "cpu":
+        return _build_on_host(transitions, anchor_ids, tree_budget)
+    return build_by_level(transitions, anchor_ids, tree_budget)
+
+
+def _build_on_host(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> DraftTree:
+    tables = [table.numpy() for table in transitions]
+    rows = [
+        best_first([table[row] for table in tables], anchor, tree_budget)
+        for row, anchor in enumerate(anchor_ids.tolist())
+    ]
+    return tree_from_tables(rows)
+
+
+def best_first(tables, anchor: int, tree_budget: int) -> NodeTable:
+    """Pop the best open node until the budget is spent; only rows that are reached are ever read."""
+    token_ids, log_probs, next_rows = tables
+    depth_limit = len(token_ids)
+    node = NodeTable([anchor], [-1], [0], [0.0], [1])
+    rows_read: dict[tuple[int, int], tuple[list, list, list]] = {}
+    frontier: list[tuple] = []
+
+    def read(depth: int, row: int) -> tuple[list, list, list]:
+        if (depth, row) not in rows_read:
+            rows_read[depth, row] = tuple(table[depth, row].tolist() for table in (token_ids, log_probs, next_rows))
+        return rows_read[depth, row]
+
+    def push(score: float, ranks: tuple, parent: int, row: int, entry: tuple) -> None:
+        # A frontier entry stands for one child of `parent` and, once taken, opens its next sibling.
+        log_prob = entry[1][ranks[-1]]
+        if log_prob > float("-inf"):
+            heapq.heappush(frontier, (-(score + log_prob), len(ranks), ranks, parent, row, score))
+
+    push(0.0, (0,), 0, 0, read(0, 0))
+    while frontier and len(node.token_ids) < tree_budget:
+        negative_score, depth, ranks, parent, row, parent_score = heapq.heappop(frontier)
+        entry = read(depth - 1, row)
+        rank, index, score = ranks[-1], len(node.token_ids), -negative_score
+        node.token_ids.append(entry[0][rank])
+        node.parents.append(parent)
+        node.depths.append(depth)
+        node.path_log_probs.append(score)
+        node.ancestors.append(node.ancestors[parent] | 1 << index)
+        if rank + 1 < len(entry[0]):
+            push(parent_score, (*ranks[:-1], rank + 1), parent, row, entry)
+        if depth < depth_limit and entry[2][rank] >= 0:
+            push(score, (*ranks, 0), index, entry[2][rank], read(depth, entry[2][rank]))
+    return node
+
+
+def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
+    """Stack rows of host lists, padding shorter ones with unused nodes that see only themselves."""
+    nodes = max(len(row.token_ids) for row in rows)
+
+    def stack(field: str, pad: float) -> torch.Tensor:
+        lists = [getattr(row, field) for row in rows]
+        return torch.tensor([values + [pad] * (nodes - len(values)) for values in lists])
+
+    masks = [row.ancestors + [1 << node for node in range(len(row.ancestors), nodes)] for row in rows]
+    width = (nodes + 7) // 8
+    packed = b"".join(word.to_bytes(width, "little") for words in masks for word in words)
+    octets = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(rows), nodes, width)
+    bits = octets[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return DraftTree(
+        token_ids=stack("token_ids", 0),
+        parents=stack("parents", -1),
+        depths=stack("depths", 0),
+        ancestor_mask=bits.flatten(2)[..., :nodes].bool(),
+        path_log_probs=stack("path_log_probs", float("-inf")),
+    )
+
+
+def build_by_level(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> DraftTree:
+    """Build the same trees with batched tensor operations and no host synchronisation.
+
+    A selected node of depth `d` has a selected parent and fewer than `tree_budget - 1` better nodes at its own depth,
+    so keeping the best `tree_budget - 1` of every depth and then the best of all is exact.
+    """
+    batch, depth, _, _ = transitions.token_ids.shape
+    width = tree_budget - 1
+    rows = torch.zeros(batch, 1, dtype=torch.long, device=anchor_ids.device)
+    scores = torch.zeros(batch, 1, dtype=torch.float64, device=anchor_ids.device)
+    levels = []
+    for level in range(depth):
+        level_nodes = _expand(transitions, level, rows, scores, width)
+        levels.append(level_nodes)
+        scores, rows = level_nodes[0], level_nodes[3]
+    scores, parents, tokens, _ = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+    depths = torch.cat([torch.full_like(level[1], i + 1) for i, level in enumerate(levels)], dim=1)
+    # Levels are shallow to deep and each is in rank-path order, so a stable sort settles every tie as promised.
+    scores, chosen = scores.sort(dim=1, descending=True, stable=True)
+    scores, kept = scores[:, :width], chosen[:, :width]
+    order = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    place = torch.empty_like(chosen).scatter_(1, chosen, order)
+    parents = _global_parents(parents, place, [level[1].shape[1] for level in levels]).gather(1, kept)
+    used = scores > float("-inf")
+    return _assemble(
+        anchor_ids,
+        tokens.gather(1, kept).masked_fill(~used, 0),
+        parents.masked_fill(~used, -1),
+        depths.gather(1, kept).masked_fill(~used, 0),
+        scores,
+        max_depth=depth,
+    )
+
+
+def _expand(transitions, level: int, rows: torch.Tensor, scores: torch.Tensor, width: int):
+    """Return the best `width` children of one level's nodes in rank-path order: scores, parents, tokens, rows."""
+    batch, parents = rows.shape
+    branching = transitions.token_ids.shape[-1]
+    index = rows.clamp(min=0)[..., None].expand(-1, -1, branching)
+    tokens, log_probs, next_rows = (table[:, level].gather(1, index).flatten(1) for table in transitions)
+    children = scores[..., None] + log_probs.view(batch, parents, branching).double()
+    children = children.masked_fill((rows < 0)[..., None] | ~children.isfinite(), float("-inf")).flatten(1)
+    best = children.sort(dim=1, descending=True, stable=True).indices[:, :width]
+    best = best.sort(dim=1).values
+    parent = best // branching
+    return children.gather(1, best), parent, tokens.gather(1, best), next_rows.gather(1, best)
+
+
+def _global_parents(parents: torch.Tensor, place: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """Turn positions within the level above into node indices (root 0, the rest in sorted order)."""
+    result, start = [torch.zeros_like(parents[:, : widths[0]])], 0
+    for width, above in zip(widths[1:], widths, strict=False):
+        level = parents[:, start + above : start + above + width]
+        result.append(place.gather(1, level + start) + 1)
+        start += above
+    return torch.cat(result, dim=1)
+
+
+def _assemble(anchor_ids, tokens, parents, depths, scores, max_depth: int) -> DraftTree:
+    """Put the root in front and derive the ancestor mask by following parents upwards."""
+    pad = torch.nn.functional.pad
+    token_ids = torch.cat([anchor_ids[:, None], tokens], dim=1)
+    parents, depths, scores = pad(parents, (1, 0), value=-1), pad(depths, (1, 0)), pad(scores, (1, 0))
+    nodes = token_ids.shape[1]
+    mask = torch.eye(nodes, dtype=torch.bool, device=tokens.device).repeat(len(tokens), 1, 1)
+    above = parents.clamp(min=0)[..., None].expand(-1, -1, nodes)
+    real = (parents >= 0)[..., None]
+    for _ in range(max_depth):
+        mask = mask | mask.gather(1, above) & real
+    return DraftTree(token_ids, parents, depths, mask, scores.float())
+
+
+__all__ = ["DraftTree", "build_by_level", "build_tree"]

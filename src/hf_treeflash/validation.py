@@ -1,0 +1,96 @@
+"""Checks of a call before anything runs: a clear error instead of a wrong or slow text."""
+
+import inspect
+
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+
+from .cache import check_restorable
+from .candidate_generator import DraftingKnobs
+
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_pair(target, drafter) -> None:
+    """Refuse a drafter that was not made for a target of this shape.
+
+    Raises:
+        ValueError: Naming the field, the drafter's value and the target's.
+    """
+    config, draft = target.config.get_text_config(decoder=True), drafter.config
+    for field in ("hidden_size", "vocab_size"):
+        if getattr(draft, field) != getattr(config, field):
+            raise ValueError(
+                f"The drafter does not fit this target: its `{field}` is {getattr(draft, field)}, the target's is "
+                f"{getattr(config, field)}. Load the drafter that was trained for this target."
+            )
+    if max(draft.target_layer_ids) >= config.num_hidden_layers:
+        raise ValueError(
+            f"The drafter reads target layer {max(draft.target_layer_ids)} (`target_layer_ids`), but this target has "
+            f"{config.num_hidden_layers} layers, 0 to {config.num_hidden_layers - 1}."
+        )
+    if draft.num_target_layers not in (None, config.num_hidden_layers):
+        raise ValueError(
+            f"The drafter was made for a target of {draft.num_target_layers} layers (`num_target_layers`), this one "
+            f"has {config.num_hidden_layers}."
+        )
+
+
+def check_target(target) -> None:
+    """Refuse targets whose passes cannot carry a tree.
+
+    Raises:
+        ValueError: Naming what stands in the way and what works.
+    """
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(target).__name__} is an encoder-decoder model; a TreeFlash drafter needs a decoder-only target."
+        )
+    config = target.config.get_text_config(decoder=True)
+    odd = [kind for kind in getattr(config, "layer_types", None) or () if kind not in SUPPORTED_LAYERS]
+    if odd:
+        raise ValueError(
+            f"{type(target).__name__} has {odd[0]!r} layers, whose state cannot be restored after rejected tokens. "
+            "Targets whose layers all use full or sliding-window attention work."
+        )
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise ValueError(f"{type(target).__name__} uses chunked attention, which a tree does not fit into.")
+    if "position_ids" not in inspect.signature(target.forward).parameters:
+        raise ValueError(
+            f"{type(target).__name__} takes no `position_ids`, which the nodes of a tree need: siblings share one."
+        )
+
+
+def check_call(
+    target, drafter, generation_config: GenerationConfig, model_kwargs: dict, assistant_tokenizer, synced_gpus: bool
+) -> None:
+    """Refuse options of `generate` that make no sense beside a TreeFlash drafter, and impossible knobs.
+
+    Raises:
+        ValueError: Naming the option and what to do.
+    """
+    DraftingKnobs.read(drafter.generation_config)
+    if generation_config.get_generation_mode(drafter) != GenerationMode.ASSISTED_GENERATION:
+        raise ValueError("A TreeFlash drafter works with greedy decoding and sampling (`num_beams=1`).")
+    if generation_config.num_return_sequences > 1:
+        raise ValueError("`num_return_sequences` must be 1 with a TreeFlash drafter; repeat the prompt in the batch.")
+    for option in ("assistant_early_exit", "prompt_lookup_num_tokens"):
+        if getattr(generation_config, option, None) is not None:
+            raise ValueError(f"`{option}` is a way to draft of its own; leave it out beside a TreeFlash drafter.")
+    if assistant_tokenizer is not None:
+        raise ValueError("A TreeFlash drafter shares the target's vocabulary; leave out `assistant_tokenizer`.")
+    if synced_gpus:
+        raise ValueError("TreeFlash drafting does not run under `synced_gpus` (FSDP or ZeRO-3 inference).")
+    if not model_kwargs.get("use_cache", True):
+        raise ValueError(
+            "TreeFlash drafting keeps the target's keys and values; call `generate` with `use_cache=True`."
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is None:
+        raise ValueError(f"{type(target).__name__} does not use a standard cache, which tree drafting needs.")
+    check_target(target)
+    check_restorable(cache)
+    check_pair(target, drafter)
+
+
+__all__ = ["check_call"]

@@ -1,0 +1,110 @@
+"""One target forward over a tree, and the walk from the root along the target's own choices."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .cache import PrefixCache
+from .tree import DraftTree
+
+
+class Verdict(NamedTuple):
+    """What one row accepted in a round.
+
+    Attributes:
+        path (`list[int]`):
+            Accepted nodes, root first; the token of each but the root was the target's choice at the node before.
+        token_ids (`list[int]`):
+            The target's choice at each node of the path; the last is the new anchor.
+        finished (`bool`):
+            Whether a stopping criterion was met by the last token.
+    """
+
+    path: list[int]
+    token_ids: list[int]
+    finished: bool
+
+
+def walk(children: dict[tuple[int, int], int], choose: Callable[[int], int], emit: Callable[[int], bool]) -> Verdict:
+    """Follow the target's choices from the root until one is no child of its node or ends the text.
+
+    Args:
+        children (`dict[tuple[int, int], int]`):
+            Child node by (node, token), see [`DraftTree.children`].
+        choose (`Callable[[int], int]`):
+            The target's token at a node: the argmax or one draw. Called once per emitted token, in order.
+        emit (`Callable[[int], bool]`):
+            Takes a token as emitted; True ends the text.
+
+    Source: arXiv 2606.03819, equality verification; for any tree the text has the target's law.
+    """
+    path, token_ids = [0], []
+    while True:
+        token = choose(path[-1])
+        token_ids.append(token)
+        if emit(token):
+            return Verdict(path, token_ids, True)
+        child = children.get((path[-1], token))
+        if child is None:
+            return Verdict(path, token_ids, False)
+        path.append(child)
+
+
+def verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
+    """Run the target once over the nodes of a tree, each seeing the prefix, its ancestors and itself.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The model whose text is kept.
+        tree ([`DraftTree`]):
+            The nodes.
+        prefix ([`PrefixCache`]):
+            The target's cache; afterwards it also holds one column per node, for `commit` to choose from.
+        anchor_positions (`torch.LongTensor` of shape `(..., batch)`):
+            Position of each row's anchor; leading dimensions as the target's position ids have them.
+        model_kwargs (`dict`):
+            What else the call passes to the target's forward.
+
+    Returns:
+        The target's output; `logits` has one row per node.
+    """
+    masks = {
+        kind: attention_mask_for(target, prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window))
+        for kind, window in attention_windows(target.config.get_text_config(decoder=True)).items()
+    }
+    inputs = target.prepare_inputs_for_generation(
+        tree.token_ids,
+        past_key_values=prefix.cache,
+        attention_mask=masks[None] if None in masks else masks,
+        position_ids=anchor_positions[..., None] + tree.depths,
+        is_first_iteration=False,
+        **model_kwargs,
+    )
+    if "logits_to_keep" in inputs:
+        inputs["logits_to_keep"] = tree.token_ids.shape[1]
+    return target(**inputs, return_dict=True)
+
+
+def attention_windows(config) -> dict[str | None, int | None]:
+    """Return the sliding window of each kind of layer (None: full attention), keyed as the model wants its masks.
+
+    Models with several kinds of layers take one mask per kind; the others take a single mask, keyed None here.
+    """
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return {None: window}
+    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(layer_types)}
+
+
+def attention_mask_for(model, visible: torch.Tensor) -> torch.Tensor:
+    """Turn a boolean visibility mask into the form the model's attention takes."""
+    if model.config.get_text_config(decoder=True)._attn_implementation == "sdpa":
+        return visible
+    return torch.zeros(visible.shape, dtype=model.dtype, device=visible.device).masked_fill_(
+        ~visible, torch.finfo(model.dtype).min
+    )
+
+
+__all__ = ["Verdict", "attention_windows", "verify", "walk"]
