@@ -80,7 +80,9 @@ class DraftingKnobs(NamedTuple):
                 f"Unknown drafting knob `{unknown[0]}` in the drafter's generation_config; "
                 f"the knobs are {', '.join(DRAFTING_DEFAULTS)}."
             )
-        values = {name: getattr(generation_config, name, default) for name, default in DRAFTING_DEFAULTS.items()}
+        values: dict[str, Any] = {
+            name: getattr(generation_config, name, default) for name, default in DRAFTING_DEFAULTS.items()
+        }
         for name, least in (("tree_budget", 2), ("num_candidates", 1), ("branching", 1)):
             if type(values[name]) is not int or values[name] < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {values[name]!r}.")
@@ -105,7 +107,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
     """
 
     requires_model_outputs: bool = True
-    model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": True}  # noqa: RUF012 (transformers' contract)
+    model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": True}
 
     def __init__(
         self,
@@ -184,13 +186,13 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         is_first_iteration: bool,
         n_last_matches: int,
         **kwargs,
-    ) -> tuple[torch.LongTensor, None]:
+    ) -> tuple[torch.Tensor, None]:
         """Draft the most probable chain, for transformers' own assisted decoding (batch 1).
 
         Args:
             input_ids (`torch.LongTensor` of shape `(1, length)`):
                 Committed tokens, the anchor last.
-            model_kwargs (`dict`), model_outputs ([`ModelOutput`]), is_first_iteration (`bool`), n_last_matches (`int`):
+            model_kwargs, model_outputs, is_first_iteration, n_last_matches:
                 As [`CandidateGenerator`] defines them.
 
         Returns:
@@ -259,7 +261,7 @@ def tapped_states(target, layer_ids: list[int]) -> Iterator[list[torch.Tensor]]:
             Zero-based decoder layers; the last layer's state is taken after the final norm, as transformers counts.
 
     Yields:
-        `list[torch.Tensor]`: One entry per forward, of shape `(batch, length, taps * hidden_size)`; the reader empties it.
+        `list[torch.Tensor]`: Grows by one entry of shape `(batch, length, taps * hidden_size)` per forward.
     """
     decoder = target.get_decoder()
     owner, states, collected = threading.get_ident(), {}, []

@@ -99,9 +99,7 @@ def _read_dflash(stored: dict, source: str) -> dict:
     treeflash = stored.get("treeflash_config") or {}
     head = treeflash.get("ar_approximation", stored.get("ar_approximation"))
     if head not in (None, "swiglu"):
-        raise ValueError(
-            f"{source}: unknown head at `treeflash_config.ar_approximation`: expected 'swiglu' or null, found {head!r}."
-        )
+        raise ValueError(f"{source}: unknown head `ar_approximation`: expected 'swiglu' or null, found {head!r}.")
     return _backbone(stored) | _block(stored.get("dflash_config") or {}, stored, source) | {"ar_head": head}
 
 

@@ -107,7 +107,7 @@ class TreeFlashConfig(PreTrainedConfig):
             raise ValueError(f"`block_size` counts the anchor and must be at least 2, got {self.block_size}.")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
-                f"`mask_token_id` must lie in the target's vocabulary [0, {self.vocab_size}), got {self.mask_token_id}."
+                f"`mask_token_id` must be a token id below `vocab_size` {self.vocab_size}, got {self.mask_token_id}."
             )
         taps = self.target_layer_ids
         if not taps or min(taps) < 0 or (self.num_target_layers is not None and max(taps) >= self.num_target_layers):

@@ -12,7 +12,7 @@ from .outputs import Recorder
 from .sequences import Sequences
 from .tree import DraftTree
 from .validation import check_call
-from .verify import Verdict, attention_windows, verify, walk
+from .verify import Verdict, verify, walk
 
 # What a verify pass sets itself, or only the prompt needs.
 PROMPT_KWARGS = {"attention_mask", "position_ids", "past_key_values", "inputs_embeds", "logits_to_keep"}
@@ -202,10 +202,11 @@ def remember_context(cache: Cache, drafter, prefix: PrefixCache, pending: Contex
 
 def recall_context(cache: Cache, drafter) -> tuple[PrefixCache, Context] | None:
     """Return what an earlier turn left with this cache, if it is this drafter's and the cache was not cut since."""
-    owner, prefix, pending = getattr(cache, "_treeflash_context", (None, None, None))
-    if owner != id(drafter) or prefix.length + pending.counts[0] != cache.get_seq_length():
+    if not hasattr(cache, "_treeflash_context"):
         return None
-    return prefix, pending
+    owner, prefix, pending = cache._treeflash_context
+    intact = owner == id(drafter) and prefix.length + pending.counts[0] == cache.get_seq_length()
+    return (prefix, pending) if intact else None
 
 
 def tree_decoding(
@@ -255,7 +256,7 @@ def install_hook() -> None:
             return tree_decoding(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
-    _assisted_decoding._before_treeflash = original
+    setattr(_assisted_decoding, "_before_treeflash", original)
     GenerationMixin._assisted_decoding = _assisted_decoding
 
 

@@ -47,8 +47,15 @@ class TreeLogitsProcessor(LogitsProcessor):
         # Exact types: a subclass may look at the prefix.
         self.prefix_independent = all(type(processor) in PREFIX_INDEPENDENT for processor in processors)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Process one node per row of the call; shapes as for any [`LogitsProcessor`]."""
+    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        """Process one node per row of the call; shapes as for any [`LogitsProcessor`].
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(rows, length)`, *optional*):
+                The prefix of each node; may be left out where no processor looks at it.
+            scores (`torch.FloatTensor` of shape `(rows, vocab)`):
+                The target's logits at each node.
+        """
         return self.processors(input_ids, scores)
 
     def node(self, row: int, prefix: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

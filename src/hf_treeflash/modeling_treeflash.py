@@ -56,7 +56,7 @@ class TreeFlashOutput(BaseModelOutputWithPast):
             Normed states of slots 1 onwards, corrected for the previous tokens that were passed in.
     """
 
-    corrected_hidden_state: torch.FloatTensor | None = None
+    corrected_hidden_state: torch.Tensor | None = None
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -75,8 +75,8 @@ class TreeFlashAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
-        self.layer_type = (config.layer_types or [])[layer_idx]
-        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        is_sliding = (config.layer_types or [])[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if is_sliding else None
         query_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
@@ -136,7 +136,7 @@ class ARHead(nn.Module):
         self.up_gate_proj = nn.Linear(2 * config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         # `post_init` overwrites values set here, so the leaf carries a mark for `_init_weights` instead.
-        self.down_proj._zero_init = True
+        setattr(self.down_proj, "_zero_init", True)
 
     def forward(self, previous_embeds: torch.Tensor, normed_states: torch.Tensor) -> torch.Tensor:
         """Return the term to add to the un-normed states.
@@ -192,7 +192,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
     def __init__(self, config: TreeFlashConfig):
         super().__init__(config)
-        self.fc = nn.Linear(len(config.target_layer_ids or ()) * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(len(config.target_layer_ids or []) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(TreeFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -256,12 +256,12 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         cos, sin = self.rotary_emb(noise_embeds, position_ids)
         position_embeddings = (cos[:, None], sin[:, None])
         hidden_states = noise_embeds
-        for layer in self.layers:
+        for kind, layer in zip(self.config.layer_types or [], self.layers, strict=True):
             hidden_states = layer(
                 hidden_states,
                 context,
                 position_embeddings=position_embeddings,
-                attention_mask=masks[layer.self_attn.layer_type],
+                attention_mask=masks[kind],
                 past_key_values=past_key_values,
                 **kwargs,
             )
@@ -276,13 +276,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
     def _layer_masks(self, attention_mask, noise_embeds, past_key_values) -> dict:
         if isinstance(attention_mask, dict):
             return attention_mask
-        layer_types = set(self.config.layer_types or ())
-        if (
-            attention_mask is not None
-            and attention_mask.ndim == 4
-            or layer_types == {"full_attention"}
-            and (attention_mask is None)
-        ):
+        layer_types = set(self.config.layer_types or [])
+        sees_all = attention_mask is None and layer_types == {"full_attention"}
+        if sees_all or (attention_mask is not None and attention_mask.ndim == 4):
             return dict.fromkeys(layer_types, attention_mask)
         arguments = {
             "config": self.config,
@@ -307,9 +303,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         past_key_values=None,
-        num_candidates: int = DRAFTING_DEFAULTS["num_candidates"],
-        branching: int = DRAFTING_DEFAULTS["branching"],
-        temperature: float = DRAFTING_DEFAULTS["draft_temperature"],
+        num_candidates: int = 16,
+        branching: int = 16,
+        temperature: float = 1.0,
     ) -> Transitions:
         """Draft one block: the most likely next tokens after every candidate, at every depth, in one pass.
 

@@ -8,6 +8,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import PrefixCache
 
+Rows = list[tuple]  # per sequence, one entry per emitted token
+
 
 @dataclass
 class TreeFlashGenerateOutput(GenerateDecoderOnlyOutput):
@@ -29,10 +31,14 @@ class Recorder:
 
     def __init__(self, generation_config: GenerationConfig, batch: int):
         wanted = generation_config.return_dict_in_generate
-        self.scores = [() for _ in range(batch)] if wanted and generation_config.output_scores else None
-        self.logits = [() for _ in range(batch)] if wanted and generation_config.output_logits else None
-        self.states = [() for _ in range(batch)] if wanted and generation_config.output_hidden_states else None
-        self.attentions = [() for _ in range(batch)] if wanted and generation_config.output_attentions else None
+
+        def rows(asked: bool) -> Rows | None:
+            return [() for _ in range(batch)] if wanted and asked else None
+
+        self.scores = rows(generation_config.output_scores)
+        self.logits = rows(generation_config.output_logits)
+        self.states = rows(generation_config.output_hidden_states)
+        self.attentions = rows(generation_config.output_attentions)
         self.needs_scores = self.scores is not None or self.logits is not None
 
     def token(self, row: int, scores: torch.Tensor, logits: torch.Tensor) -> None:
@@ -44,9 +50,10 @@ class Recorder:
 
     def prefill(self, outputs) -> None:
         """Record the prompt's states and attentions, the first token's in plain decoding."""
-        for records, states in ((self.states, "hidden_states"), (self.attentions, "attentions")):
-            for row in range(len(records or ())):
-                records[row] += (tuple(state[row : row + 1] for state in outputs[states]),)
+        for records, name in ((self.states, "hidden_states"), (self.attentions, "attentions")):
+            if records is not None:
+                for row in range(len(records)):
+                    records[row] += (tuple(state[row : row + 1] for state in outputs[name]),)
 
     def scores_of(self, row: int) -> tuple | None:
         """Return the scores recorded for a row so far, what stopping criteria are shown."""
@@ -65,8 +72,9 @@ class Recorder:
             prefix ([`PrefixCache`]):
                 The target's cache before the commit.
         """
-        for node in path if self.states is not None else ():
-            self.states[row] += (tuple(s[index : index + 1, node : node + 1] for s in outputs.hidden_states),)
+        if self.states is not None:
+            for node in path:
+                self.states[row] += (tuple(s[index : index + 1, node : node + 1] for s in outputs.hidden_states),)
         if self.attentions is None:
             return
         filled = prefix.length if prefix.filled is None else prefix.filled[index]
@@ -96,7 +104,7 @@ class Recorder:
         )
 
 
-def _join(rows: list[tuple] | None) -> tuple | None:
+def _join(rows: Rows | None) -> tuple | None:
     """Turn per-row tuples over steps into one tuple over steps of batched tensors."""
     if rows is None:
         return None
@@ -107,7 +115,7 @@ def _join(rows: list[tuple] | None) -> tuple | None:
     )
 
 
-def _join_layers(rows: list[tuple] | None) -> tuple | None:
+def _join_layers(rows: Rows | None) -> tuple | None:
     if rows is None:
         return None
     layers = len(max(rows, key=len)[0])

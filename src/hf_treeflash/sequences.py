@@ -55,7 +55,7 @@ class Sequences:
         """Return all rows, shorter ones filled up with the pad token, of shape `(batch, longest)`."""
         ids = self._ids[:, : max(self.lengths)].clone()
         for row, length in enumerate(self.lengths):
-            if length < ids.shape[1]:
+            if pad_token_id is not None and length < ids.shape[1]:
                 ids[row, length:] = pad_token_id
         return ids
 

@@ -1,0 +1,285 @@
+"""Compares ways to decode: same process, same prompts, interleaved, with the spread beside every median."""
+
+import copy
+import hashlib
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from .configuration_treeflash import DRAFTING_DEFAULTS
+from .modeling_treeflash import TreeFlashDraftModel
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to decode.
+
+    Args:
+        name (`str`):
+            How tables call it.
+        drafter ([`PreTrainedModel`], *optional*):
+            What drafts, with its knobs; None for plain `generate`.
+        options (`dict`, *optional*):
+            Further arguments of `generate`.
+    """
+
+    name: str
+    drafter: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The drafting knobs this arm runs with; a chain and plain decoding have none."""
+        if self.drafter is None or self.options:
+            return {}
+        return {knob: getattr(self.drafter.generation_config, knob) for knob in DRAFTING_DEFAULTS}
+
+
+def standard_arms(drafter, **knobs) -> list[Arm]:
+    """Return plain decoding, the chain, the marginal tree and, for a drafter with a head, the TreeFlash tree.
+
+    Args:
+        drafter ([`TreeFlashDraftModel`]):
+            The drafter; it is not changed, the arms hold views that share its weights.
+        knobs:
+            Drafting knobs of the trees; the drafter's own by default.
+    """
+    arms = [Arm("plain"), Arm("chain", drafter, {"speculation_type": "dflash"})]
+    marginal = with_knobs(without_head(drafter), **knobs)
+    arms.append(Arm(f"marginal tree {marginal.generation_config.tree_budget}", marginal))
+    if drafter.config.ar_head is not None:
+        arms.append(tree_arm(drafter, **knobs))
+    return arms
+
+
+def tree_arm(drafter, **knobs) -> Arm:
+    """Return the TreeFlash tree at some knobs, named after budget and candidates."""
+    view = with_knobs(drafter, **knobs)
+    config = view.generation_config
+    return Arm(f"TreeFlash tree {config.tree_budget} × {config.num_candidates}", view)
+
+
+def with_knobs(drafter, **knobs):
+    """Return a view of a drafter, sharing its weights, with other drafting knobs."""
+    view = copy.copy(drafter)
+    view.generation_config = copy.deepcopy(drafter.generation_config)
+    for knob, value in knobs.items():
+        setattr(view.generation_config, knob, value)
+    return view
+
+
+def without_head(drafter):
+    """Return a view of a drafter, sharing its weights, that drafts from its marginals (of a PEFT model's base)."""
+    base = drafter.get_base_model() if hasattr(drafter, "get_base_model") else drafter
+    view = copy.copy(base)
+    view._modules = {**base._modules, "ar_head": None}
+    view.config = copy.deepcopy(base.config)
+    view.config.ar_head = None
+    return view
+
+
+class RoundRecorder(BaseStreamer):
+    """Groups emitted tokens by the target pass that chose them, seen from outside any decoding loop.
+
+    All tokens of a round but the last are drafted ones the target accepted; the last is the target's own choice.
+
+    Args:
+        on_round (`Callable`, *optional*):
+            Called with a round's tokens once it is complete.
+
+    Attributes:
+        rounds (`list[list[int]]`):
+            Tokens of each pass; the first is the prompt's.
+    """
+
+    def __init__(self, on_round: Callable[[list[int]], None] | None = None):
+        self.rounds: list[list[int]] = []
+        self.on_round = on_round
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.rounds:  # before the first pass, `generate` streams the prompt
+            self.rounds[-1] += value.flatten().tolist()
+
+    def end(self) -> None:
+        if self.on_round is not None and self.rounds:
+            self.on_round(self.rounds[-1])
+
+    @contextmanager
+    def watching(self, target) -> Iterator["RoundRecorder"]:
+        """Count the target's passes while the context is open."""
+
+        def new_round(module, args) -> None:
+            self.end()
+            self.rounds.append([])
+
+        handle = target.get_decoder().register_forward_pre_hook(new_round)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+
+def compare(
+    target,
+    arms: Sequence[Arm],
+    prompts: Sequence[torch.Tensor],
+    *,
+    task: str = "prompts",
+    max_new_tokens: int = 128,
+    repeats: int = 7,
+    seed: int = 0,
+    **generate_kwargs,
+) -> dict[str, Any]:
+    """Measure each arm against the first on the same prompts.
+
+    A first pass per prompt and arm warms up and records the text and the target's passes; then every repeat runs all
+    arms on each prompt in turn, starting with another arm each time, so that a slow minute of the machine meets all
+    arms alike. A speed-up is the quotient of the two arms' tokens per second within one repeat.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The target.
+        arms (`Sequence[Arm]`):
+            What to compare; the first is the baseline.
+        prompts (`Sequence[torch.LongTensor]` of shape `(1, length)`):
+            Prompts, decoded one by one.
+        task (`str`, *optional*):
+            Name of the prompts.
+        max_new_tokens (`int`, *optional*, defaults to 128):
+            Tokens per prompt.
+        repeats (`int`, *optional*, defaults to 7):
+            Timed repeats over all prompts.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the first prompt; prompt `i` runs with `seed + i`, in every arm and repeat.
+        generate_kwargs:
+            Further arguments of `generate` for all arms, such as `do_sample` and `temperature`.
+
+    Returns:
+        `dict`: Plain data: `task`, `settings`, `environment` and `arms`; each arm with `tau` (tokens per target pass,
+        prefill excluded), `tokens_per_second` (prefill included) and `speedup` as median, least, greatest and all
+        values, `identical` (same tokens as the baseline), `acceptance_rates` (share of passes that accept depth
+        1, 2, ...), `distinct_4grams`, `tokens`, `passes` and `knobs`.
+    """
+    prompts = [prompt.to(target.device) for prompt in prompts]
+    kwargs = {"max_new_tokens": max_new_tokens, **generate_kwargs}
+
+    def decode(arm: Arm, index: int, streamer: BaseStreamer | None = None) -> torch.Tensor:
+        prompt = prompts[index]
+        torch.manual_seed(seed + index)
+        ids = target.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            assistant_model=arm.drafter,
+            streamer=streamer,
+            **kwargs,
+            **arm.options,
+        )
+        return ids[0, prompt.shape[1] :]
+
+    records = []
+    for arm in arms:
+        texts, rounds = [], []
+        for index in range(len(prompts)):
+            recorder = RoundRecorder()
+            with recorder.watching(target):
+                texts.append(decode(arm, index, recorder).tolist())
+            rounds += recorder.rounds[1:]
+        records.append((texts, [len(tokens) for tokens in rounds]))
+    seconds = _time_interleaved(decode, arms, len(prompts), repeats, target.device)
+    return {
+        "task": task,
+        "settings": {"prompts": len(prompts), "repeats": repeats, "seed": seed, **kwargs},
+        "environment": environment(target),
+        "arms": [
+            _summary(arm, record, records[0], times, seconds[0])
+            for arm, record, times in zip(arms, records, seconds, strict=True)
+        ],
+    }
+
+
+def _time_interleaved(decode, arms, prompts: int, repeats: int, device: torch.device) -> list[list[float]]:
+    """Return each arm's seconds per repeat."""
+    seconds = [[0.0] * repeats for _ in arms]
+    for repeat in range(repeats):
+        for prompt in range(prompts):
+            for turn in range(len(arms)):
+                index = (turn + repeat + prompt) % len(arms)
+                _synchronize(device)
+                start = time.perf_counter()
+                decode(arms[index], prompt)
+                _synchronize(device)
+                seconds[index][repeat] += time.perf_counter() - start
+    return seconds
+
+
+def _summary(arm: Arm, record, baseline, seconds: list[float], baseline_seconds: list[float]) -> dict[str, Any]:
+    texts, lengths = record
+    tokens, baseline_tokens = (sum(map(len, side[0])) for side in (record, baseline))
+    speed = [tokens / time for time in seconds]
+    baseline_speed = [baseline_tokens / time for time in baseline_seconds]
+    return {
+        "name": arm.name,
+        "knobs": arm.knobs,
+        "tau": sum(lengths) / len(lengths) if lengths else None,
+        "tokens_per_second": _spread(speed),
+        "speedup": _spread([a / b for a, b in zip(speed, baseline_speed, strict=True)]),
+        "identical": texts == baseline[0],
+        "acceptance_rates": acceptance_rates(lengths),
+        "distinct_4grams": distinct_ngrams(texts),
+        "tokens": tokens,
+        "passes": len(lengths),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+
+
+def acceptance_rates(lengths: Sequence[int]) -> list[float]:
+    """Return the share of verify passes that accepted a drafted token at depth 1, 2, ...
+
+    Args:
+        lengths (`Sequence[int]`):
+            Tokens each pass emitted, the extra token included.
+    """
+    return [sum(length > depth for length in lengths) / len(lengths) for depth in range(1, max(lengths, default=0))]
+
+
+def distinct_ngrams(texts: Sequence[Sequence[int]], n: int = 4) -> float | None:
+    """Return the share of n-grams that are the first of their kind in their text; repetition flatters τ."""
+    grams = [[tuple(text[i : i + n]) for i in range(len(text) - n + 1)] for text in texts]
+    total = sum(map(len, grams))
+    return sum(len(set(text)) for text in grams) / total if total else None
+
+
+def environment(target) -> dict[str, Any]:
+    """Describe where a measurement was made."""
+    device = torch.device(target.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf-treeflash": importlib.metadata.version("hf-treeflash"),
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "attention": target.config._attn_implementation,
+    }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
