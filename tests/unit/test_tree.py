@@ -1,0 +1,112 @@
+"""The tree is the brute-force top-(B-1) set, in a deterministic order, from both builders."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_treeflash.modeling_treeflash import Transitions
+from hf_treeflash.tree import build_by_level, build_tree
+
+
+def random_transitions(seed, depth=4, rows=3, branching=3, batch=1, quantised=False, holes=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, depth, rows, branching)
+    log_probs = torch.log_softmax(torch.randn(*shape, generator=generator) * 2, dim=-1)
+    if quantised:  # dyadic values add up exactly, so ties are real ties
+        log_probs = (log_probs * 2).round() / 2
+    log_probs = log_probs.sort(dim=-1, descending=True).values
+    if holes:
+        log_probs[torch.rand(*shape, generator=generator) < holes] = float("-inf")
+        log_probs = log_probs.sort(dim=-1, descending=True).values
+    token_ids = torch.stack([torch.randperm(50, generator=generator)[:branching] for _ in range(batch * depth * rows)])
+    next_row = torch.randint(-1, rows, shape, generator=generator)
+    next_row[:, -1] = -1
+    return Transitions(token_ids.view(shape), log_probs, next_row)
+
+
+def every_node(transitions, row):
+    """Yield (score, depth, rank path, token path) of every node a row's transitions describe."""
+    tokens, log_probs, next_row = (table[row].tolist() for table in transitions)
+    open_nodes = [((), 0.0, (), 0)]
+    for depth in range(len(tokens)):
+        grown = []
+        for (ranks, score, path, at), rank in itertools.product(open_nodes, range(len(tokens[0][0]))):
+            if log_probs[depth][at][rank] == float("-inf"):
+                continue
+            node = ((*ranks, rank), score + log_probs[depth][at][rank], (*path, tokens[depth][at][rank]))
+            yield node[1], depth + 1, node[0], node[2]
+            if next_row[depth][at][rank] >= 0:
+                grown.append((*node, next_row[depth][at][rank]))
+        open_nodes = grown
+
+
+def paths(tree, row):
+    """Return each used node's token path, root excluded, in node order."""
+    result = []
+    for node in range(tree.token_ids.shape[1]):
+        if node == 0 or tree.parents[row, node] >= 0:
+            chain = tree.ancestor_mask[row, node].nonzero().flatten()
+            result.append(tuple(tree.token_ids[row, chain[1:]].tolist()))
+    return result
+
+
+@pytest.mark.parametrize("builder", [build_tree, build_by_level], ids=["host", "level"])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("budget", [2, 5, 16, 400])
+def test_tree_is_the_brute_force_top_set_in_order(builder, quantised, budget):
+    for seed in range(12):
+        transitions = random_transitions(seed, quantised=quantised, batch=2, holes=0.2 if seed % 3 == 0 else 0.0)
+        tree = builder(transitions, torch.tensor([7, 8]), budget)
+        for row in range(2):
+            nodes = sorted(every_node(transitions, row), key=lambda node: (-node[0], node[1], node[2]))[: budget - 1]
+            assert paths(tree, row)[1:] == [node[3] for node in nodes]
+            count = len(nodes) + 1
+            torch.testing.assert_close(
+                tree.path_log_probs[row, 1:count], torch.tensor([node[0] for node in nodes], dtype=torch.float32)
+            )
+            assert tree.depths[row, 1:count].tolist() == [node[1] for node in nodes]
+        assert tree.token_ids[:, 0].tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("budget", [2, 9, 64, 100])
+def test_both_builders_agree(budget):
+    for seed in range(10):
+        transitions = random_transitions(seed, depth=7, rows=8, branching=8, batch=3, quantised=seed % 2 == 0)
+        host = build_tree(transitions, torch.arange(3), budget)
+        level = build_by_level(transitions, torch.arange(3), budget)
+        for field in ("token_ids", "parents", "depths", "ancestor_mask", "path_log_probs"):
+            a, b = getattr(host, field), getattr(level, field)
+            nodes = a.shape[1]
+            torch.testing.assert_close(a, b[:, :nodes, :nodes] if field == "ancestor_mask" else b[:, :nodes])
+
+
+def test_structure_is_consistent():
+    tree = build_tree(random_transitions(3, depth=6, rows=6, branching=6), torch.tensor([1]), 40)
+    parents, depths, mask = tree.parents[0], tree.depths[0], tree.ancestor_mask[0]
+    assert parents[0] == -1 and depths[0] == 0 and mask.diagonal().all()
+    for node in range(1, 40):
+        parent = int(parents[node])
+        assert parent < node and depths[node] == depths[parent] + 1
+        expected = mask[parent].clone()
+        expected[node] = True
+        assert torch.equal(mask[node], expected)
+    assert all(tree.children[0][int(parents[n]), int(tree.token_ids[0, n])] == n for n in range(1, 40))
+
+
+def test_short_rows_are_padded_with_nodes_that_see_only_themselves():
+    transitions = random_transitions(0, depth=1, rows=1, branching=4, batch=2)
+    transitions.log_probs[1, :, :, 1:] = float("-inf")
+    tree = build_tree(transitions, torch.tensor([5, 6]), 64)
+    assert tree.token_ids.shape == (2, 5)
+    assert tree.parents[1].tolist() == [-1, 0, -1, -1, -1]
+    assert torch.equal(tree.ancestor_mask[1, 2:], torch.eye(5, dtype=torch.bool)[2:])
+    assert tree.path_log_probs[1, 2:].isinf().all()
+
+
+def test_nan_log_probs_are_never_drafted():
+    transitions = random_transitions(0)
+    transitions.log_probs.fill_(float("nan"))
+    for builder in (build_tree, build_by_level):
+        tree = builder(transitions, torch.tensor([5]), 8)
+        assert (tree.parents == -1).all()
