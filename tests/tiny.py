@@ -68,6 +68,9 @@ def tiny_drafter(head: bool = True, seed: int = 1, **overrides):
         "block_size": 8,
         "mask_token_id": 3,
         "ar_head": "swiglu" if head else None,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
     }
     torch.manual_seed(seed)
     drafter = TreeFlashDraftModel(TreeFlashConfig(**{**arguments, **overrides})).eval()

@@ -8,12 +8,14 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
-def check_restorable(cache: Cache) -> None:
+def check_restorable(cache: Cache | None) -> None:
     """Refuse a cache from which the rejected nodes of a tree cannot be dropped again.
 
     Raises:
         ValueError: Naming the first layer whose state cannot be restored, and what works.
     """
+    if cache is None:
+        raise ValueError("Tree drafting needs a target that keeps its state in a `Cache`, which this one does not.")
     for index, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(

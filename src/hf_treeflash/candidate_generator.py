@@ -229,13 +229,21 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             )
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        device = next(self.target_embed.parameters()).device
-        return self.target_embed(token_ids.to(device)).to(self.drafter.device, self.drafter.dtype)
+        embeds = self.target_embed(token_ids.to(home_of(self.target_embed)))
+        return embeds.to(self.drafter.device, self.drafter.dtype)
 
     def _lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = next(self.target_head.parameters())
         # A quantised weight says nothing of the dtype its layer takes.
-        return self.target_head(hidden_states.to(weight.device, weight.dtype if weight.is_floating_point() else None))
+        dtype = weight.dtype if weight.is_floating_point() else None
+        return self.target_head(hidden_states.to(home_of(self.target_head), dtype))
+
+
+def home_of(module: nn.Module) -> torch.device:
+    """Return the device a module computes on, also while accelerate keeps its weights elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    execution_device = getattr(hook, "execution_device", None)
+    return next(module.parameters()).device if execution_device is None else torch.device(execution_device)
 
 
 def without_embed_norm(embedding: nn.Module) -> nn.Module:

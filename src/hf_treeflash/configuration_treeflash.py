@@ -61,6 +61,8 @@ class TreeFlashConfig(PreTrainedConfig):
             Slots per drafting pass, the anchor's included.
         mask_token_id (`int`, *optional*, defaults to 151669):
             Token whose embedding fills the slots after the anchor.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*):
+            Special tokens of the target, which pipelines compare before they pair two models.
         ar_head (`str`, *optional*):
             `"swiglu"` for the TreeFlash head that conditions each token on the one before it, `None` for a plain
             DFlash drafter.
@@ -89,6 +91,9 @@ class TreeFlashConfig(PreTrainedConfig):
     block_size: int = 16
     mask_token_id: int = 151669
     ar_head: str | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
     # The drafter holds no embeddings, so there is nothing to tie.
     tie_word_embeddings: bool = False
 

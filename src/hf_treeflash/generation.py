@@ -5,7 +5,7 @@ import functools
 import torch
 from transformers import Cache, GenerationMixin
 
-from .cache import PrefixCache, recording_past
+from .cache import PrefixCache, check_restorable, recording_past
 from .candidate_generator import Context, TreeFlashCandidateGenerator, tapped_states
 from .logits_process import TreeLogitsProcessor
 from .outputs import Recorder
@@ -179,7 +179,7 @@ class TreeDecoding:
         """Set the next anchors, and take rows that are finished out of the batch: they cost nothing from here on."""
         kept = [index for index, verdict in enumerate(verdicts) if not verdict.finished]
         anchors = [verdicts[index].token_ids[-1] for index in kept]
-        self.anchor_ids = torch.tensor(anchors, dtype=torch.long, device=self.target.device)
+        self.anchor_ids = torch.tensor(anchors, dtype=torch.long, device=self.input_ids.device)
         self.rows = [self.rows[index] for index in kept]
         if 0 < len(kept) < len(verdicts):
             self.prefix.select(kept)
@@ -228,7 +228,7 @@ def tree_decoding(
     Arguments and return value are those of `GenerationMixin._assisted_decoding`; a dictionary output also has
     `acceptance_lengths` and `block_efficiency`, see [`TreeFlashGenerateOutput`].
     """
-    check_call(target, assistant_model, generation_config, model_kwargs, assistant_tokenizer, synced_gpus)
+    check_restorable(model_kwargs.get("past_key_values"))
     return TreeDecoding(
         target,
         assistant_model,
@@ -241,30 +241,41 @@ def tree_decoding(
     ).run()
 
 
+def is_treeflash(drafter, generation_config) -> bool:
+    """Whether a call is ours: by the drafter's config, as its class may be wrapped or loaded from a repository."""
+    model_type = getattr(getattr(drafter, "config", None), "model_type", None)
+    # `speculation_type="dflash"` asks for transformers' own chain.
+    return model_type == "treeflash" and getattr(generation_config, "speculation_type", None) is None
+
+
 def install_hook() -> None:
     """Let `generate(assistant_model=drafter)` reach the tree for TreeFlash drafters; all others keep their way."""
-    original = GenerationMixin._assisted_decoding
-    if hasattr(original, "_before_treeflash"):
+    decode, validate = GenerationMixin._assisted_decoding, GenerationMixin._validate_generation_mode
+    if hasattr(decode, "_before_treeflash"):
         return
 
-    @functools.wraps(original)
+    @functools.wraps(decode)
     def _assisted_decoding(self, *args, **kwargs):
-        drafter, generation_config = kwargs.get("assistant_model"), kwargs.get("generation_config")
-        is_ours = getattr(getattr(drafter, "config", None), "model_type", None) == "treeflash"
-        # `speculation_type="dflash"` asks for transformers' own chain.
-        if is_ours and getattr(generation_config, "speculation_type", None) is None:
-            return tree_decoding(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
+        ours = is_treeflash(kwargs.get("assistant_model"), kwargs.get("generation_config"))
+        return (tree_decoding if ours else decode)(self, *args, **kwargs)
 
-    setattr(_assisted_decoding, "_before_treeflash", original)
-    GenerationMixin._assisted_decoding = _assisted_decoding
+    @functools.wraps(validate)
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        drafter = generation_mode_kwargs.get("assistant_model")
+        if is_treeflash(drafter, generation_config):
+            check_call(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
+        return validate(self, generation_mode, generation_config, generation_mode_kwargs)
+
+    for method, original in ((_assisted_decoding, decode), (_validate_generation_mode, validate)):
+        setattr(method, "_before_treeflash", original)
+        setattr(GenerationMixin, original.__name__, method)
 
 
 def remove_hook() -> None:
     """Undo [`install_hook`]."""
-    original = getattr(GenerationMixin._assisted_decoding, "_before_treeflash", None)
-    if original is not None:
-        GenerationMixin._assisted_decoding = original
+    for name in ("_assisted_decoding", "_validate_generation_mode"):
+        method = getattr(GenerationMixin, name)
+        setattr(GenerationMixin, name, getattr(method, "_before_treeflash", method))
 
 
 __all__ = ["install_hook", "remove_hook", "tree_decoding"]

@@ -47,9 +47,10 @@ class Sequences:
             self._ids = torch.cat([self._ids, self._ids.new_zeros(self._ids.shape[0], room)], dim=1)
         self._ids[row, length] = token
         self.lengths[row] = length + 1
-        if token in self._eos_ids or (self._max_length is not None and length + 1 >= self._max_length):
-            return True
-        return bool(self._criteria) and bool(self._criteria(self.prefix(row), scores)[0])
+        done = token in self._eos_ids or (self._max_length is not None and length + 1 >= self._max_length)
+        if self._criteria:  # asked for every token, as plain decoding does, also for one that ends the text anyway
+            done = bool(self._criteria(self.prefix(row), scores)[0]) or done
+        return done
 
     def padded(self, pad_token_id: torch.Tensor | None) -> torch.Tensor:
         """Return all rows, shorter ones filled up with the pad token, of shape `(batch, longest)`."""

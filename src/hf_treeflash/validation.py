@@ -5,7 +5,6 @@ import inspect
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from .cache import check_restorable
 from .candidate_generator import DraftingKnobs
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -61,36 +60,41 @@ def check_target(target) -> None:
         )
 
 
-def check_call(
-    target, drafter, generation_config: GenerationConfig, model_kwargs: dict, assistant_tokenizer, synced_gpus: bool
-) -> None:
-    """Refuse options of `generate` that make no sense beside a TreeFlash drafter, and impossible knobs.
+def check_call(target, drafter, generation_mode, generation_config: GenerationConfig, mode_kwargs: dict) -> None:
+    """Refuse what cannot work beside a TreeFlash drafter, before `generate` runs or prepares anything.
+
+    Args:
+        target ([`PreTrainedModel`]), drafter ([`PreTrainedModel`]):
+            The pair.
+        generation_mode ([`GenerationMode`]):
+            The mode the call's flags ask for.
+        generation_config ([`GenerationConfig`]):
+            Of the call.
+        mode_kwargs (`dict`):
+            Tokenizers, streamer and the like, as `generate` collects them.
 
     Raises:
         ValueError: Naming the option and what to do.
     """
     DraftingKnobs.read(drafter.generation_config)
-    if generation_config.get_generation_mode(drafter) != GenerationMode.ASSISTED_GENERATION:
-        raise ValueError("A TreeFlash drafter works with greedy decoding and sampling (`num_beams=1`).")
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            f"A TreeFlash drafter works with greedy decoding and sampling, not with {generation_mode.value}; "
+            "set `num_beams=1`."
+        )
     if generation_config.num_return_sequences > 1:
         raise ValueError("`num_return_sequences` must be 1 with a TreeFlash drafter; repeat the prompt in the batch.")
     for option in ("assistant_early_exit", "prompt_lookup_num_tokens"):
         if getattr(generation_config, option, None) is not None:
             raise ValueError(f"`{option}` is a way to draft of its own; leave it out beside a TreeFlash drafter.")
-    if assistant_tokenizer is not None:
-        raise ValueError("A TreeFlash drafter shares the target's vocabulary; leave out `assistant_tokenizer`.")
-    if synced_gpus:
+    if mode_kwargs.get("synced_gpus"):
         raise ValueError("TreeFlash drafting does not run under `synced_gpus` (FSDP or ZeRO-3 inference).")
-    if not model_kwargs.get("use_cache", True):
-        raise ValueError(
-            "TreeFlash drafting keeps the target's keys and values; call `generate` with `use_cache=True`."
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is None:
-        raise ValueError(f"{type(target).__name__} does not use a standard cache, which tree drafting needs.")
+    if generation_config.use_cache is False:
+        raise ValueError("TreeFlash drafting needs the target's cache; call `generate` with `use_cache=True`.")
     check_target(target)
-    check_restorable(cache)
     check_pair(target, drafter)
+    if mode_kwargs.get("assistant_tokenizer") is not None:
+        raise ValueError("A TreeFlash drafter shares the target's vocabulary; leave out `assistant_tokenizer`.")
 
 
 __all__ = ["check_call"]

@@ -2,18 +2,21 @@
 
 import pytest
 import torch
-from tests.tiny import with_knobs
 
 from hf_treeflash import generation
+from tests.tiny import with_knobs
 
-KEYS = {"official": ("treeflash_acceptance", "first_tree"), "dflash": ("marginal_tree_acceptance", "marginal_first_tree")}
+KEYS = {
+    "official": ("treeflash_acceptance", "first_tree"),
+    "dflash": ("marginal_tree_acceptance", "marginal_first_tree"),
+}
 
 
 def paths(tokens, parents):
     """Return the set of root-to-node token paths."""
     result = []
     for token, parent in zip(tokens, parents, strict=True):
-        result.append(((*result[parent], token) if parent >= 0 else (token,)))
+        result.append((*result[parent], token) if parent >= 0 else (token,))
     return set(result)
 
 
@@ -54,9 +57,14 @@ def test_reference_outputs_trees_and_acceptance(golden, golden_target, golden_dr
         assert mine[:rounds] == reference[:rounds]
         assert mine[rounds] <= reference[rounds]  # only the last round may be cut
         tree, wanted = first_tree[-1], case[tree_key]
-        assert paths(tree.token_ids[0].tolist(), tree.parents[0].tolist()) == paths(wanted["tokens"], wanted["parents"])
+        assert paths(tree.token_ids[0].tolist(), tree.parents[0].tolist()) == paths(
+            wanted["tokens"], wanted["parents"]
+        )
         torch.testing.assert_close(
-            tree.path_log_probs[0].sort().values, torch.tensor(wanted["cum_logprob"]).sort().values, atol=1e-3, rtol=1e-3
+            tree.path_log_probs[0].sort().values,
+            torch.tensor(wanted["cum_logprob"]).sort().values,
+            atol=1e-3,
+            rtol=1e-3,
         )
 
 

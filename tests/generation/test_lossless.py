@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 SAMPLERS = {
@@ -87,11 +88,12 @@ def test_sampled_texts_have_the_targets_law(batch, samples, length):
 
 def test_node_logits_equal_their_path_run_alone(targets):
     """Invariant 5: what a node's row of logits says is what the target says after that path."""
+    from transformers import DynamicCache
+
     from hf_treeflash.cache import PrefixCache, recording_past
     from hf_treeflash.tree import build_tree
     from hf_treeflash.verify import verify
     from tests.unit.test_tree import random_transitions
-    from transformers import DynamicCache
 
     for family in ("qwen3", "qwen3_sliding", "mistral"):
         target = tiny_target(family)

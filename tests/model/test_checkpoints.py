@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import tiny_drafter
+from transformers import AutoModel
 
 from hf_treeflash import TreeFlashDraftModel
-from transformers import AutoModel
+from tests.tiny import tiny_drafter
 
 
 def dflash_config(config, **extra):
@@ -107,7 +107,9 @@ def test_saving_writes_our_layout_and_round_trips_bit_for_bit(tmp_path):
     again = AutoModel.from_pretrained(tmp_path / "ours")
     assert type(again) is TreeFlashDraftModel
     assert set(load_file(tmp_path / "ours" / "model.safetensors")) == set(drafter.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(drafter.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(drafter.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     assert again.generation_config.tree_budget == 40
     assert again.config.to_diff_dict() == loaded.config.to_diff_dict()
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target
+from transformers import AutoConfig, DynamicCache
 
 from hf_treeflash import TreeFlashConfig
 from hf_treeflash.tree import build_tree
-from transformers import AutoConfig, DynamicCache
+from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target
 
 
 def drafting_inputs(drafter, target, length=6, batch=1):

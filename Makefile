@@ -1,0 +1,49 @@
+# Everything runs in .venv, which is made from pyproject.toml and constraints.txt at first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := cli,plot,train,kernels
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-oldest check bench tiny clean
+
+demo: $(VENV)/installed  ## Generate with the embedded pair, plain and with every way of drafting
+	$(BIN)/hf-treeflash demo
+
+test: $(VENV)/installed  ## The whole suite
+	$(BIN)/python -m pytest -n 2
+
+test-oldest: $(VENV)-oldest/installed  ## The same on the oldest supported transformers
+	$(VENV)-oldest/bin/python -m pytest -n 2 --ignore tests/kernels --ignore tests/training --ignore tests/cli
+
+check: $(VENV)/installed  ## Lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed  ## Speed on the embedded pair: arms, budgets, and where a round's time goes
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/stages.py
+
+tiny: $(VENV)/installed  ## Train the embedded pair again (under an hour on two cores)
+	$(BIN)/python examples/train_tiny_pair.py
+
+# torch comes first and alone: a range would take the newest build with its CUDA packages.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]" --group dev
+	touch $@
+
+$(VENV)-oldest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-oldest/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
+	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
+		--editable ".[$(EXTRAS)]" --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
