@@ -1,0 +1,297 @@
+"""
+K1, tree attention: the nodes of a draft tree attend to a dense prefix and to their ancestors.
+
+The verification step of tree speculative decoding (TreeFlash, arXiv 2606.03819). The kernel combines split-KV decoding
+(FlashDecoding), packing of the query heads that share a key/value head, and ancestor masks of one bit per node pair.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from ._launch import LazyKernel, next_power_of_2, use_triton
+from .ancestor_words import dense_tree_mask, num_words
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+MERGE_ROWS = 16
+
+
+@LazyKernel
+def _attend(
+    q, k_base, v_base, k_slot, v_slot, slots, in_slots, visible, scale_log2e, top, total, acc,
+    DIM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One block of keys and values in the online softmax (base 2): running maximum, sum and weighted values."""
+    dim = tl.arange(0, DIM)
+    k = tl.load(k_base + slots[:, None] * k_slot + dim[None, :], mask=in_slots[:, None], other=0.0)
+    if UPCAST:  # the interpreter has no bfloat16 arithmetic
+        k = k.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
+    scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A row may have seen nothing yet: keep the exponents finite.
+    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    decay = tl.exp2(top - safe_top)
+    p = tl.exp2(scores - safe_top[:, None])
+    total = total * decay + tl.sum(p, 1)
+    v = tl.load(v_base + slots[:, None] * v_slot + dim[None, :], mask=in_slots[:, None], other=0.0)
+    p = p.to(v.dtype)
+    if UPCAST:
+        p = p.to(tl.float32)
+        v = v.to(tl.float32)
+    acc = tl.dot(p, v, acc * decay[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@LazyKernel
+def _tree_attention_kernel(
+    Q, K, V, WORDS, PREFIX, START, PARTIAL, LSE, OUT, scale_log2e,
+    q_batch, q_head, q_node, k_batch, k_head, k_slot, v_batch, v_head, v_slot, w_batch, w_node, nodes, kv_heads,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+    SPLITS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch = batch_head // kv_heads
+    kv_head = batch_head % kv_heads
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2)
+    # The query heads of one key/value head are packed into the rows, so that they share every key/value load.
+    node = rows // GROUP
+    head = rows % GROUP
+    in_rows = node < nodes
+    dim = tl.arange(0, DIM)
+    q_base = Q + batch * q_batch + kv_head * GROUP * q_head
+    q_ptr = q_base + head[:, None] * q_head + node[:, None] * q_node + dim[None, :]
+    q = tl.load(q_ptr, mask=in_rows[:, None], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+
+    # Lengths are read on the device: one captured graph serves every context length.
+    prefix = tl.load(PREFIX + batch).to(tl.int32)
+    start = tl.load(START + batch).to(tl.int32)
+    per_split = tl.cdiv(tl.cdiv(prefix - start, SPLITS), BLOCK_N) * BLOCK_N
+    low = start + split * per_split
+    high = tl.minimum(low + per_split, prefix)
+    k_base = K + batch * k_batch + kv_head * k_head
+    v_base = V + batch * v_batch + kv_head * v_head
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+
+    for first in range(low, high, BLOCK_N):
+        slots = first + tl.arange(0, BLOCK_N)
+        in_slots = slots < high
+        top, total, acc = _attend(
+            q, k_base, v_base, k_slot, v_slot, slots, in_slots, in_slots[None, :], scale_log2e, top, total, acc,
+            DIM, UPCAST,
+        )  # fmt: skip
+
+    if split == SPLITS - 1:
+        column = tl.arange(0, TAIL_N)
+        for first in range(0, nodes, TAIL_N):
+            word = tl.load(WORDS + batch * w_batch + node * w_node + first // 64, mask=in_rows, other=0)
+            sees = ((word[:, None] >> (first % 64 + column)[None, :].to(tl.int64)) & 1) != 0
+            in_slots = first + column < nodes
+            top, total, acc = _attend(
+                q, k_base, v_base, k_slot, v_slot, prefix + first + column, in_slots, sees & in_slots[None, :],
+                scale_log2e, top, total, acc, DIM, UPCAST,
+            )  # fmt: skip
+
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    out = acc / safe_total[:, None]
+    if SPLITS == 1:
+        out_base = OUT + (batch * nodes * kv_heads + kv_head) * GROUP * DIM
+        out_row = node * (kv_heads * GROUP) + head
+        tl.store(out_base + out_row[:, None] * DIM + dim[None, :], out.to(OUT.dtype.element_ty), mask=in_rows[:, None])
+    else:
+        partial_base = (batch_head * SPLITS + split) * (nodes * GROUP)
+        lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(safe_total))
+        tl.store(LSE + partial_base + rows, lse, mask=in_rows)
+        tl.store(PARTIAL + partial_base * DIM + rows[:, None] * DIM + dim[None, :], out, mask=in_rows[:, None])
+
+
+@LazyKernel
+def _merge_kernel(
+    PARTIAL, LSE, OUT, nodes, kv_heads,
+    GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch = batch_head // kv_heads
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    node = rows // GROUP
+    in_rows = node < nodes
+    dim = tl.arange(0, DIM)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+    for split in range(SPLITS):
+        base = (batch_head * SPLITS + split) * (nodes * GROUP)
+        lse = tl.load(LSE + base + rows, mask=in_rows, other=float("-inf"))
+        partial_ptr = PARTIAL + base * DIM + rows[:, None] * DIM + dim[None, :]
+        partial = tl.load(partial_ptr, mask=in_rows[:, None], other=0.0)
+        new_top = tl.maximum(top, lse)
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - safe_top)
+        weight = tl.exp2(lse - safe_top)
+        acc = acc * decay[:, None] + partial * weight[:, None]
+        total = total * decay + weight
+        top = new_top
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_base = OUT + (batch * nodes * kv_heads + batch_head % kv_heads) * GROUP * DIM
+    out_row = node * (kv_heads * GROUP) + rows % GROUP
+    tl.store(out_base + out_row[:, None] * DIM + dim[None, :], out.to(OUT.dtype.element_ty), mask=in_rows[:, None])
+
+
+def tree_attention_config(
+    dtype: torch.dtype, head_dim: int, packed_rows: int, capability: tuple[int, int]
+) -> dict[str, int]:
+    """
+    Returns tile sizes and launch options.
+
+    Args:
+        dtype (`torch.dtype`):
+            Type of query, key and value.
+        head_dim (`int`):
+            Size of a head.
+        packed_rows (`int`):
+            Nodes times query heads per key/value head.
+        capability (`tuple[int, int]`):
+            Compute capability of the device. 64 rows are what Hopper's warp-group matrix unit needs.
+    """
+    full = dtype == torch.float32
+    block_m = 16 if full or packed_rows <= 16 else 64
+    block_n = 32 if full or head_dim > 128 else 64
+    if full:  # no matrix unit: more warps, or the tile spills
+        num_warps = 8
+    elif block_m == 16 or (capability >= (9, 0) and head_dim <= 128):
+        num_warps = 4
+    else:
+        num_warps = 8
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "TAIL_N": 32 if block_m == 16 else block_n,
+        "num_warps": num_warps,
+        "num_stages": 1 if full else 2,
+    }
+
+
+def default_num_splits(kv_length: int) -> int:
+    """Returns the number of prefix splits for a key/value length in slots: enough programs without much merging."""
+    return 1 if kv_length <= 512 else 2 if kv_length <= 1024 else 4 if kv_length <= 4096 else 8
+
+
+def tree_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ancestor_words: torch.Tensor,
+    prefix_length: torch.Tensor,
+    kv_start: torch.Tensor,
+    scaling: float,
+    num_splits: int,
+) -> torch.Tensor:
+    """Plain torch oracle of [`tree_attention`]; `num_splits` does not change the result."""
+    batch, heads, nodes, head_dim = query.shape
+    kv_heads = key.shape[1]
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    mask = dense_tree_mask(ancestor_words, prefix_length, kv_start, key.shape[2]).unsqueeze(2)
+    packed = query.reshape(batch, kv_heads, heads // kv_heads, nodes, head_dim).to(compute_dtype)
+    scores = packed @ key.to(compute_dtype).mT.unsqueeze(2) * scaling
+    scores = scores.masked_fill(~mask, float("-inf"))
+    # A row without a visible slot would be 0 / 0; slots nobody wrote may hold anything, so they are zeroed too.
+    weights = scores.softmax(-1).masked_fill(~mask, 0.0)
+    values = value.to(compute_dtype).masked_fill(~mask.any(3).any(2).unsqueeze(-1), 0.0)
+    output = weights @ values.unsqueeze(2)
+    return output.reshape(batch, heads, nodes, head_dim).transpose(1, 2).to(query.dtype).contiguous()
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, words: torch.Tensor, num_splits: int) -> None:
+    batch, heads, nodes, head_dim = query.shape
+    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != head_dim:
+        shapes = [tuple(t.shape) for t in (query, key, value)]
+        raise ValueError(f"query, key and value do not fit each other: {shapes}")
+    if heads % key.shape[1]:
+        raise ValueError(f"{heads} query heads cannot share {key.shape[1]} key/value heads")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+    if words.dtype != torch.int64 or words.shape != (batch, nodes, num_words(nodes)):
+        expected = (batch, nodes, num_words(nodes))
+        raise ValueError(f"ancestor_words must be int64 of shape {expected}, got {words.dtype} {tuple(words.shape)}")
+    if num_splits < 1:
+        raise ValueError(f"num_splits must be at least 1, got {num_splits}")
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ancestor_words: torch.Tensor,
+    prefix_length: torch.Tensor,
+    kv_start: torch.Tensor,
+    scaling: float,
+    num_splits: int,
+) -> torch.Tensor:
+    """
+    Attention of the tree nodes to the prefix and to their ancestors, softmax in fp32.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, nodes, head_dim)`):
+            bf16, fp16 or fp32; any strides.
+        key (`torch.Tensor` of shape `(batch, kv_heads, slots, head_dim)`):
+            Same dtype. Slots `prefix_length .. prefix_length + nodes - 1` hold the nodes; later ones are not read.
+        value (`torch.Tensor`):
+            Shape and dtype of `key`.
+        ancestor_words (`torch.LongTensor` of shape `(batch, nodes, ceil(nodes / 64))`):
+            Bit `j % 64` of word `j // 64` says that the node sees node `j`.
+        prefix_length (`torch.LongTensor` of shape `(batch,)`):
+            Slots before node 0, padding included.
+        kv_start (`torch.LongTensor` of shape `(batch,)`):
+            First valid slot, which is the left padding of the row.
+        scaling (`float`):
+            Factor of the scores before the softmax.
+        num_splits (`int`):
+            Into how many parts the prefix is cut; more parts fill the device at long contexts.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, nodes, heads, head_dim)`, the layout transformers expects. Rows that see
+        nothing are 0.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit each other.
+    """
+    _check(query, key, value, ancestor_words, num_splits)
+    batch, heads, nodes, head_dim = query.shape
+    tileable = next_power_of_2(head_dim) == head_dim and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM
+    if not (use_triton(query) and tileable):
+        return tree_attention_reference(
+            query, key, value, ancestor_words, prefix_length, kv_start, scaling, num_splits
+        )
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    words = ancestor_words if ancestor_words.stride(-1) == 1 else ancestor_words.contiguous()
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
+    config = tree_attention_config(query.dtype, head_dim, nodes * group, capability)
+    output = query.new_empty(batch, nodes, heads, head_dim)
+    partial = lse = output
+    if num_splits > 1:
+        partial = query.new_empty(batch * kv_heads, num_splits, nodes * group, head_dim, dtype=torch.float32)
+        lse = query.new_empty(batch * kv_heads, num_splits, nodes * group, dtype=torch.float32)
+    _tree_attention_kernel[(batch * kv_heads, -(-nodes * group // config["BLOCK_M"]), num_splits)](
+        query, key, value, words, prefix_length.contiguous(), kv_start.contiguous(), partial, lse, output,
+        scaling * math.log2(math.e), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *words.stride()[:2],
+        nodes, kv_heads, GROUP=group, DIM=head_dim, SPLITS=num_splits, UPCAST=not query.is_cuda, **config,
+    )  # fmt: skip
+    if num_splits > 1:
+        _merge_kernel[(batch * kv_heads, -(-nodes * group // MERGE_ROWS))](
+            partial, lse, output, nodes, kv_heads,
+            GROUP=group, DIM=head_dim, SPLITS=num_splits, BLOCK_M=MERGE_ROWS, num_warps=4,
+        )  # fmt: skip
+    return output

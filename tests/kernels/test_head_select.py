@@ -1,0 +1,92 @@
+"""K2: selection with exact tie order, log-probabilities, and the match with the next slot's shortlist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_treeflash.kernels import head_select, head_select_reference, match_shortlist, match_shortlist_reference
+
+
+def make_logits(kind: str, dtype: torch.dtype, vocab: int) -> torch.Tensor:
+    logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+    if kind == "ties":
+        logits = logits.round()
+        logits[0] = 0.0
+        logits[1, ::2], logits[1, 1::2] = 0.0, -0.0
+    elif kind == "masked":
+        logits[0, 3:] = float("-inf")
+        logits[1] = float("-inf")
+        logits[2, 5] = float("nan")
+        logits[3, : vocab // 2] = float("-inf")
+    return logits.to(dtype)
+
+
+def brute_force(logits: torch.Tensor, k: int) -> list[list[int]]:
+    rows = logits.float().nan_to_num(nan=float("-inf"), neginf=float("-inf")).tolist()
+    return [sorted(range(len(row)), key=lambda token: (-row[token], token))[:k] for row in rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["random", "ties", "masked"])
+@pytest.mark.parametrize(("vocab", "k"), [(9000, 16), (4096, 5), (130, 16), (40, 40), (1, 1)])
+def test_kernel_equals_oracle(triton_kernels, device, kind, dtype, vocab, k):
+    logits = make_logits(kind, dtype, max(vocab, 6))[:, :vocab].to(device)
+    token_ids, log_probs = head_select(logits, k, 0.7)
+    expected_ids, expected_log_probs = head_select_reference(logits, k, 0.7)
+    assert torch.equal(token_ids, expected_ids)
+    assert token_ids.dtype == torch.int64 and log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs, expected_log_probs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "masked"])
+def test_oracle_orders_by_value_then_token(kind):
+    logits = make_logits(kind, torch.bfloat16, 300)
+    token_ids, log_probs = head_select_reference(logits, 16, 1.0)
+    assert token_ids.tolist() == brute_force(logits, 16)
+    clean = logits.float().nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+    expected = clean.log_softmax(-1).gather(1, token_ids).nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_log_probs_are_never_positive(triton_kernels, device):
+    logits = torch.zeros(3, 200, device=device)
+    logits[:, 7] = torch.tensor([50.0, 17.3, 200.0], device=device)
+    for function in (head_select, head_select_reference):
+        assert (function(logits, 2, 1.0)[1] <= 0).all()
+
+
+def test_strided_rows_and_leading_dimensions(triton_kernels, device):
+    logits = make_logits("random", torch.bfloat16, 700).to(device)[:, 50:650].unflatten(0, (2, 2))
+    token_ids, log_probs = head_select(logits, 3, 1.0)
+    expected_ids, expected_log_probs = head_select_reference(logits, 3, 1.0)
+    assert token_ids.shape == (2, 2, 3)
+    assert torch.equal(token_ids, expected_ids)
+    torch.testing.assert_close(log_probs, expected_log_probs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(0, 1.0), (11, 1.0), (4, 0.0), (4, float("inf"))])
+def test_impossible_arguments_raise(k, temperature):
+    with pytest.raises(ValueError):
+        head_select(torch.zeros(2, 10), k, temperature)
+
+
+@pytest.mark.parametrize(("leading", "rows", "k", "length"), [((2, 3), 4, 5, 7), ((), 1, 1, 1), ((1,), 16, 16, 16)])
+def test_match_equals_brute_force(triton_kernels, device, leading, rows, k, length):
+    generator = torch.Generator().manual_seed(rows)
+    token_ids = torch.randint(0, 12, (*leading, rows, k), generator=generator)
+    shortlist = torch.rand(*leading, 30, generator=generator).argsort(-1)[..., :length].contiguous()
+    flat_tokens, flat_list = token_ids.view(-1, rows * k), shortlist.view(-1, length)
+    expected = [
+        [entries.index(token) if token in entries else -1 for token in tokens]
+        for tokens, entries in zip(flat_tokens.tolist(), flat_list.tolist(), strict=True)
+    ]
+    for function in (match_shortlist, match_shortlist_reference):
+        next_row = function(token_ids.to(device), shortlist.to(device))
+        assert next_row.dtype == torch.int64 and next_row.shape == token_ids.shape
+        assert next_row.view(-1, rows * k).tolist() == expected
+
+
+def test_match_refuses_other_leading_dimensions():
+    with pytest.raises(ValueError):
+        match_shortlist(torch.zeros(2, 3, 4, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int64))

@@ -1,0 +1,137 @@
+"""K1: the kernel against its oracle, and the oracle against SDPA with a dense mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_treeflash.kernels import (
+    default_num_splits,
+    pack_ancestor_words,
+    tree_attention,
+    tree_attention_reference,
+    unpack_ancestor_words,
+)
+
+from .conftest import kernel_module
+from .trees import ancestor_mask, random_parents, random_words
+
+# nodes, heads, kv_heads, head_dim, slots before the tail per row, left padding per row, splits, spare slots
+CASES = {
+    "one node": (1, 4, 2, 16, [7], [0], 1, 0),
+    "no prefix": (16, 2, 1, 16, [0], [0], 1, 0),
+    "no prefix, split": (33, 2, 2, 16, [0, 0], [0, 0], 3, 0),
+    "empty splits": (16, 4, 1, 32, [5], [2], 4, 0),
+    "padding": (33, 4, 4, 16, [70, 65], [3, 0], 2, 0),
+    "all padding": (16, 2, 1, 16, [9, 9], [9, 4], 2, 0),
+    "one word": (64, 4, 2, 32, [131, 67], [0, 5], 2, 0),
+    "two words": (100, 2, 1, 16, [66], [1], 2, 0),
+    "two full words": (128, 4, 2, 16, [40], [0], 1, 0),
+    "diverging rows, static cache": (33, 4, 2, 16, [20, 70], [4, 0], 4, 37),
+    "group of three": (16, 6, 2, 16, [33], [0], 1, 0),
+}  # fmt: skip
+
+
+def make_case(name: str, dtype: torch.dtype, device: str, transposed: bool = False) -> tuple:
+    nodes, heads, kv_heads, dim, prefix, start, splits, spare = CASES[name]
+    generator = torch.Generator().manual_seed(len(name))
+    batch = len(prefix)
+    slots = max(prefix) + nodes + spare
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype=dtype, device=device)
+
+    query = randn(batch, nodes, heads, dim).transpose(1, 2)
+    if transposed:
+        key, value = (randn(batch, slots, kv_heads, dim).transpose(1, 2) for _ in range(2))
+    else:
+        key, value = randn(batch, kv_heads, slots, dim), randn(batch, kv_heads, slots, dim)
+    for row in range(batch):  # nobody may read what lies outside
+        for tensor in (key, value):
+            tensor[row, :, : start[row]] = float("nan")
+            tensor[row, :, prefix[row] + nodes :] = float("nan")
+    words = random_words(batch, nodes, generator).to(device)
+    lengths = (torch.tensor(prefix, device=device), torch.tensor(start, device=device))
+    return query, key, value, words, *lengths, dim**-0.5, splits
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_oracle(triton_kernels, device, name, transposed):
+    case = make_case(name, torch.float32, device, transposed)
+    torch.testing.assert_close(tree_attention(*case), tree_attention_reference(*case), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", ["padding", "one word"])
+def test_kernel_equals_oracle_in_half_precision(triton_kernels, device, name, dtype, tolerance):
+    case = make_case(name, dtype, device)
+    output = tree_attention(*case)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, tree_attention_reference(*case), atol=tolerance, rtol=tolerance)
+
+
+def test_rows_that_see_nothing_are_zero(triton_kernels, device):
+    query, key, value, words, prefix, start, scaling, _ = make_case("no prefix", torch.float32, device)
+    words[:, 3] = 0
+    for splits in (1, 2):
+        for function in (tree_attention, tree_attention_reference):
+            output = function(query, key, value, words, prefix, start, scaling, splits)
+            assert not output[:, 3].any()
+            assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_oracle_equals_sdpa(name):
+    query, key, value, words, prefix, start, scaling, splits = make_case(name, torch.float32, "cpu")
+    batch, heads, nodes, _ = query.shape
+    mask = torch.zeros(batch, 1, nodes, key.shape[2], dtype=torch.bool)
+    ancestors = unpack_ancestor_words(words, nodes)
+    for row in range(batch):
+        mask[row, :, :, start[row] : prefix[row]] = True
+        mask[row, 0, :, prefix[row] : prefix[row] + nodes] = ancestors[row]
+    groups = heads // key.shape[1]
+    key, value = (t.nan_to_num().repeat_interleave(groups, dim=1) for t in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    output = tree_attention_reference(query, key.nan_to_num(), value, words, prefix, start, scaling, splits)
+    torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("nodes", [1, 33, 64, 100, 128])
+def test_words_hold_the_mask(nodes):
+    mask = ancestor_mask(random_parents(2, nodes, torch.Generator().manual_seed(nodes)))
+    words = pack_ancestor_words(mask)
+    assert words.shape == (2, nodes, -(-nodes // 64))
+    assert torch.equal(unpack_ancestor_words(words, nodes), mask)
+
+
+def test_head_sizes_without_a_tile_take_the_oracle(triton_kernels, device):
+    query = torch.randn(1, 2, 3, 24, device=device)
+    words = random_words(1, 3, torch.Generator()).to(device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    case = (query, query, query, words, zero, zero, 1.0, 1)
+    torch.testing.assert_close(tree_attention(*case), tree_attention_reference(*case))
+
+
+@pytest.mark.parametrize("problem", ["words", "dtype", "heads", "value", "splits"])
+def test_misfits_raise(problem):
+    query, key, value, words, prefix, start, scaling, splits = make_case("padding", torch.float32, "cpu")
+    if problem == "words":
+        words = words[:, :-1]
+    elif problem == "dtype":
+        key = key.half()
+    elif problem == "heads":
+        query = query[:, :3]
+    elif problem == "value":
+        value = value[..., :8]
+    else:
+        splits = 0
+    with pytest.raises(ValueError):
+        tree_attention(query, key, value, words, prefix, start, scaling, splits)
+
+
+def test_tiles():
+    config = kernel_module("tree_attention").tree_attention_config
+    assert config(torch.bfloat16, 128, 256, (9, 0))["BLOCK_M"] == 64
+    assert config(torch.bfloat16, 128, 4, (9, 0))["BLOCK_M"] == 16
+    assert [default_num_splits(length) for length in (512, 1024, 4096, 4097)] == [1, 2, 4, 8]
