@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .cache import PrefixCache
 from .configuration_treeflash import DRAFTING_DEFAULTS
 from .tree import DraftTree, build_tree
-from .verify import attention_mask_for
+from .verify import additive_mask
 
 logger = logging.get_logger(__name__)
 
@@ -119,6 +119,8 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         self.drafter = assistant_model
         self.target_embed = without_embed_norm(main_model_input_embeddings)
         self.target_head = main_model_output_embeddings
+        # Looked up once: each look-up walks all parameters.
+        self.device, self.dtype = assistant_model.device, assistant_model.dtype
         self.knobs = DraftingKnobs.read(generation_config or assistant_model.generation_config)
         self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))
         self.prefix.cache.activate_past_recording()
@@ -142,10 +144,10 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         block = last + torch.arange(1, slots + 1, device=last.device)
         transitions = self.drafter.draft(
             anchor_ids,
-            context.hidden_states.to(self.drafter.device, self.drafter.dtype),
+            context.hidden_states.to(self.device, self.dtype),
             self._embed,
             self._lm_head,
-            position_ids=torch.cat([context.position_ids, block], dim=1).to(self.drafter.device),
+            position_ids=torch.cat([context.position_ids, block], dim=1).to(self.device),
             attention_mask=self._mask(context, counts),
             past_key_values=self.prefix.cache,
             num_candidates=self.knobs.num_candidates,
@@ -154,7 +156,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         )
         tail_valid = context.valid
         if tail_valid is not None:
-            tail_valid = nn.functional.pad(tail_valid, (0, slots), value=True).to(self.drafter.device)
+            tail_valid = nn.functional.pad(tail_valid, (0, slots), value=True).to(self.device)
         # The context's keys and values stay, the block's go.
         self.prefix.commit([list(range(count)) for count in context.counts], length + slots, tail_valid)
         return build_tree(transitions, anchor_ids.to(transitions.token_ids.device), self.knobs.tree_budget)
@@ -175,7 +177,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             window = config.sliding_window if kind == "sliding_attention" else None
             # A DFlash window reaches `sliding_window` tokens to either side, inclusively.
             visible = self.prefix.visible(tail, queries, keys, window, reach=window)
-            masks[kind] = attention_mask_for(self.drafter, visible.to(self.drafter.device))
+            masks[kind] = additive_mask(visible.to(self.device), self.dtype)
         return masks
 
     def get_candidates(
@@ -230,7 +232,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embeds = self.target_embed(token_ids.to(home_of(self.target_embed)))
-        return embeds.to(self.drafter.device, self.drafter.dtype)
+        return embeds.to(self.device, self.dtype)
 
     def _lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = next(self.target_head.parameters())

@@ -1,9 +1,10 @@
 """The TreeFlash drafter: a DFlash backbone and a head that conditions each token on the one before it."""
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +24,12 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
+
+kernels: Any = None
+try:  # a drafter loaded from a repository, without this package, does without its kernels
+    kernels = importlib.import_module("hf_treeflash.kernels")
+except ImportError:
+    pass
 
 
 class Transitions(NamedTuple):
@@ -370,10 +377,11 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
 def top_log_probs(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the `k` most likely tokens of each row and their log-probabilities (float32, nats)."""
-    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    # Only the k winners are ever normalised: no full-vocabulary log-probabilities are written.
-    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
-    return top.indices, top.values.float() / temperature - scaled.logsumexp(dim=-1, keepdim=True)
+    if kernels is not None and logits.is_cuda:
+        return kernels.head_select(logits, min(k, logits.shape[-1]), temperature)
+    logits = logits if temperature == 1.0 else logits / temperature
+    top = logits.log_softmax(dim=-1, dtype=torch.float32).topk(min(k, logits.shape[-1]), dim=-1)
+    return top.indices, top.values
 
 
 def marginal_transitions(logits: torch.Tensor, branching: int, temperature: float) -> Transitions:

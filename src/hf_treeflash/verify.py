@@ -1,12 +1,17 @@
 """One target forward over a tree, and the walk from the root along the target's own choices."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from .cache import PrefixCache
 from .tree import DraftTree
+
+logger = logging.get_logger(__name__)
 
 
 class Verdict(NamedTuple):
@@ -69,8 +74,13 @@ def verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch
     Returns:
         The target's output; `logits` has one row per node.
     """
+    with masked_attention(target):
+        return _verify(target, tree, prefix, anchor_positions, model_kwargs)
+
+
+def _verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
     masks = {
-        kind: attention_mask_for(target, prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window))
+        kind: additive_mask(prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window), target.dtype)
         for kind, window in attention_windows(target.config.get_text_config(decoder=True)).items()
     }
     inputs = target.prepare_inputs_for_generation(
@@ -98,13 +108,40 @@ def attention_windows(config) -> dict[str | None, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(layer_types)}
 
 
-def attention_mask_for(model, visible: torch.Tensor) -> torch.Tensor:
-    """Turn a boolean visibility mask into the form the model's attention takes."""
-    if model.config.get_text_config(decoder=True)._attn_implementation == "sdpa":
-        return visible
-    return torch.zeros(visible.shape, dtype=model.dtype, device=visible.device).masked_fill_(
-        ~visible, torch.finfo(model.dtype).min
-    )
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn a visibility mask into the additive form that every attention implementation takes as it is."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-__all__ = ["Verdict", "attention_windows", "verify", "walk"]
+# Threads that share a target also share its attention setting: the passes that change it take turns.
+_attention_lock = threading.Lock()
+_switched: set[int] = set()  # configs whose own setting is replaced just now
+
+
+@contextmanager
+def masked_attention(target) -> Iterator[None]:
+    """Let a target whose own attention takes no tree mask verify with another, and restore its choice.
+
+    FlashAttention takes no masks, and FlexAttention would be compiled anew for every shape of tree.
+    """
+    config = target.config.get_text_config(decoder=True)
+    chosen = config._attn_implementation or ""
+    if "flash" not in chosen and chosen != "flex_attention" and id(config) not in _switched:
+        yield
+        return
+    with _attention_lock:
+        chosen = config._attn_implementation
+        other = "sdpa" if target._supports_sdpa else "eager"
+        logger.warning_once(f"{chosen} does not suit a tree mask; verify passes use {other} attention instead.")
+        _switched.add(id(config))
+        # Not by `set_attn_implementation`, which would switch parts of the model that see no tree too.
+        config._attn_implementation_internal = other
+        try:
+            yield
+        finally:
+            config._attn_implementation_internal = chosen
+            _switched.discard(id(config))
+
+
+__all__ = ["Verdict", "attention_windows", "masked_attention", "verify", "walk"]
