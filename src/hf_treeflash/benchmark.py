@@ -1,7 +1,5 @@
 """Compares ways to decode: same process, same prompts, interleaved, with the spread beside every median."""
 
-import copy
-import hashlib
 import importlib.metadata
 import platform
 import statistics
@@ -13,11 +11,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from .configuration_treeflash import DRAFTING_DEFAULTS
-from .modeling_treeflash import TreeFlashDraftModel
+from .pairs import with_knobs, without_head
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def standard_arms(drafter, **knobs) -> list[Arm]:
     """
     arms = [Arm("plain"), Arm("chain", drafter, {"speculation_type": "dflash"})]
     marginal = with_knobs(without_head(drafter), **knobs)
-    arms.append(Arm(f"marginal tree {marginal.generation_config.tree_budget}", marginal))
+    arms.append(Arm(f"marginal tree B{marginal.generation_config.tree_budget}", marginal))
     if drafter.config.ar_head is not None:
         arms.append(tree_arm(drafter, **knobs))
     return arms
@@ -66,26 +63,7 @@ def tree_arm(drafter, **knobs) -> Arm:
     """Return the TreeFlash tree at some knobs, named after budget and candidates."""
     view = with_knobs(drafter, **knobs)
     config = view.generation_config
-    return Arm(f"TreeFlash tree {config.tree_budget} × {config.num_candidates}", view)
-
-
-def with_knobs(drafter, **knobs):
-    """Return a view of a drafter, sharing its weights, with other drafting knobs."""
-    view = copy.copy(drafter)
-    view.generation_config = copy.deepcopy(drafter.generation_config)
-    for knob, value in knobs.items():
-        setattr(view.generation_config, knob, value)
-    return view
-
-
-def without_head(drafter):
-    """Return a view of a drafter, sharing its weights, that drafts from its marginals (of a PEFT model's base)."""
-    base = drafter.get_base_model() if hasattr(drafter, "get_base_model") else drafter
-    view = copy.copy(base)
-    view._modules = {**base._modules, "ar_head": None}
-    view.config = copy.deepcopy(base.config)
-    view.config.ar_head = None
-    return view
+    return Arm(f"TreeFlash tree B{config.tree_budget} M{config.num_candidates}", view)
 
 
 class RoundRecorder(BaseStreamer):
@@ -272,12 +250,47 @@ def environment(target) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "hf-treeflash": importlib.metadata.version("hf-treeflash"),
+        "hf-treeflash": _package_version(),
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.config._attn_implementation,
     }
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("hf-treeflash")
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"
+
+
+def table_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Lay a comparison out as text cells: a heading, then one row per arm."""
+    rows = [("", "tokens per pass", "tokens/s", "speed-up (least to greatest)", "identical")]
+    for arm in result["arms"]:
+        speed, gain = arm["tokens_per_second"], arm["speedup"]
+        rows.append(
+            (
+                arm["name"],
+                "n/a" if arm["tau"] is None else f"{arm['tau']:.2f}",
+                "n/a" if speed is None else f"{speed['median']:.0f}",
+                "n/a" if gain is None else f"{gain['median']:.2f} ({gain['min']:.2f} to {gain['max']:.2f})",
+                "yes" if arm["identical"] else "no",
+            )
+        )
+    return rows
+
+
+def text_table(result: dict[str, Any]) -> str:
+    """Lay a comparison out for a terminal."""
+    rows = table_rows(result)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if result["arms"][0]["distinct_4grams"] is not None:  # repetition flatters every drafter
+        lines.append(f"distinct 4-grams of the plain text: {result['arms'][0]['distinct_4grams']:.2f}")
+    return "\n".join(lines)
 
 
 def _synchronize(device: torch.device) -> None:

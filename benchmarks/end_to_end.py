@@ -1,0 +1,77 @@
+"""Measure every arm over budgets, candidates and temperatures, and write the evaluation a card is made from.
+
+    python benchmarks/end_to_end.py --target FOLDER --drafter FOLDER --prompts prompts.json --json evaluation.json
+
+Plain decoding and the chain run in the same repeats as the trees, so every speed-up compares neighbours in time.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers.utils import logging
+
+from hf_treeflash.benchmark import Arm, compare, text_table, tree_arm
+from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair, with_knobs, without_head
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--prompts", required=True, type=Path, help='JSON list of {"prompt": ...}')
+    parser.add_argument("--limit", type=int, help="prompts to use, all by default")
+    parser.add_argument("--task", help="name of the prompts; the file's by default")
+    parser.add_argument("--tree-budgets", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--num-candidates", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--thinking", action="store_true")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--json", type=Path, help="write the evaluation there")
+    return parser.parse_args(argv)
+
+
+def arms(drafter, tree_budgets: list[int], num_candidates: list[int]) -> list[Arm]:
+    """Return plain decoding, the chain, a marginal tree per budget, a TreeFlash tree per budget and candidates."""
+    marginal = without_head(drafter)
+    listed = [Arm("plain"), Arm("chain", drafter, {"speculation_type": "dflash"})]
+    for budget in tree_budgets:
+        listed.append(Arm(f"marginal tree B{budget}", with_knobs(marginal, tree_budget=budget)))
+    if drafter.config.ar_head is not None:
+        for budget in tree_budgets:
+            for candidates in num_candidates:
+                listed.append(tree_arm(drafter, tree_budget=budget, num_candidates=candidates))
+    return listed
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    logging.disable_progress_bar()
+    target, tokenizer, drafter = load_pair(args.target, args.drafter, device=args.device, dtype=args.dtype)
+    listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
+    prompts = [encode_prompt(tokenizer, entry["prompt"], args.thinking) for entry in listed]
+    record = {**describe_pair(target, tokenizer, drafter, args.thinking), "results": []}
+    for temperature in args.temperatures:
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        result = compare(
+            target,
+            arms(drafter, args.tree_budgets, args.num_candidates),
+            prompts,
+            task=args.task or args.prompts.stem,
+            max_new_tokens=args.max_new_tokens,
+            repeats=args.repeats,
+            seed=args.seed,
+            **sampling,
+        )
+        record["results"].append(result)
+        print(f"\ntemperature {temperature}\n{text_table(result)}", flush=True)
+        if args.json:  # after every temperature: a long run that is stopped keeps what it has
+            args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Model cards: metadata for the Hub, and text whose numbers all come from an evaluation's JSON."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
+
+from .benchmark import table_rows
+from .candidate_generator import DraftingKnobs
+
+logger = logging.get_logger(__name__)
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+TAGS = ["speculative-decoding", "draft-model", "dflash", "custom_code", "arxiv:2602.06036"]
+
+
+def render_card(
+    drafter, *, name: str, target_id: str, evaluation=None, license=None, datasets=None, **fields
+) -> ModelCard:
+    """Render the card of an exported drafter; see [`export_drafter`] for the fields."""
+    results = evaluation["results"] if evaluation else []
+    data = ModelCardData(
+        model_name=name,
+        base_model=target_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        datasets=datasets,
+        tags=["treeflash", "arxiv:2606.03819", *TAGS] if drafter.config.ar_head else TAGS,
+        eval_results=[_eval_result(result) for result in results] or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        target_id=target_id,
+        config=drafter.config,
+        parameters=drafter.num_parameters(),
+        knobs=DraftingKnobs.read(drafter.generation_config),
+        evaluation=evaluation,
+        license=license,
+        datasets=datasets,
+        table_rows=table_rows,
+        sampling=describe_sampling,
+        **fields,
+    )
+
+
+def describe_sampling(settings: dict[str, Any]) -> str:
+    """Name the decoding of a comparison: greedy, or sampling with its parameters."""
+    if not settings.get("do_sample"):
+        return "greedy"
+    names = ("temperature", "top_k", "top_p", "min_p")
+    return ", ".join(["sampled", *(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)])
+
+
+def _eval_result(result: dict[str, Any]) -> EvalResult:
+    trees = [arm for arm in result["arms"] if arm["knobs"]]
+    best = max(trees, key=lambda arm: arm["speedup"]["median"])
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=result["task"],
+        dataset_name=result["task"],
+        metric_type="block_efficiency",
+        metric_name=f"tokens per target pass, {best['name']}, {describe_sampling(result['settings'])}",
+        metric_value=round(best["tau"], 3),
+    )
+
+
+def render_speculators_card(config, *, name: str, target_id: str) -> str:
+    """Render the card of a backbone in the form of vLLM's speculators."""
+    data = ModelCardData(
+        base_model=target_id,
+        library_name="speculators",
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "draft-model", "dflash", "vllm", "arxiv:2602.06036"],
+    )
+    dropped = "Its TreeFlash head was **dropped**: serving engines do not know it. " if config.ar_head else ""
+    return (
+        f"---\n{data}\n---\n\n# {name}\n\n"
+        f"The DFlash backbone of a drafter for `{target_id}`, in the form of vLLM's speculators, to be served as a "
+        f"chain of up to {config.block_size - 1} tokens. {dropped}Trees need hf-treeflash and the "
+        "drafter this was made from.\n\nThe form follows the speculators config and reads back into hf-treeflash bit "
+        "for bit; it was not run in vLLM.\n"
+    )
+
+
+def plot_acceptance(results: list[dict[str, Any]], path: Path) -> str | None:
+    """Draw the per-depth acceptance of each arm that drafts; needs matplotlib (extra `plot`)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("The card has no acceptance plot: install matplotlib (`pip install 'hf-treeflash[plot]'`).")
+        return None
+    figure = Figure(figsize=(5.2 * len(results), 3.6), layout="constrained")
+    plots = figure.subplots(1, len(results), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, result in zip(plots, results, strict=True):
+        for arm in result["arms"]:
+            rates = arm["acceptance_rates"]
+            if rates:
+                axes.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=arm["name"])
+        axes.set(title=f"{result['task']}, {describe_sampling(result['settings'])}", xlabel="depth", ylim=(0, 1))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    plots[0].set_ylabel("share of target passes that accept it")
+    figure.savefig(path, dpi=130)
+    return path.name

@@ -1,0 +1,171 @@
+"""A look at tree drafting in a terminal: a coloured stream, the tree of one round, and a table of the arms."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from .benchmark import RoundRecorder, compare, standard_arms, table_rows
+from .candidate_generator import Context, TreeFlashCandidateGenerator, tapped_states
+from .pairs import load_pair
+from .tree import DraftTree
+
+# A small trained target and drafter, and prompts held out of their training.
+EMBEDDED = Path(__file__).with_name("tiny")
+ACCEPTED, CHOSEN = "green", "bold yellow"
+MEASURED_PROMPTS, SHOWN_NODES = 2, 22
+
+
+def run(
+    target_name: str | None = None,
+    drafter_name: str | None = None,
+    prompts_file: Path | None = None,
+    *,
+    max_new_tokens: int = 96,
+    repeats: int = 5,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Show what a drafter does, on the embedded pair unless another is named.
+
+    Args:
+        target_name (`str`, *optional*), drafter_name (`str`, *optional*):
+            Folders or Hub repositories.
+        prompts_file (`Path`, *optional*):
+            JSON list of `{"source": ..., "prompt": ...}`; the first prompt is streamed, the first two are measured.
+        max_new_tokens (`int`, *optional*, defaults to 96):
+            Tokens per prompt.
+        repeats (`int`, *optional*, defaults to 5):
+            Timed repeats.
+        console ([`Console`], *optional*):
+            Where to print.
+
+    Returns:
+        `dict`: The comparison behind the table, see [`compare`].
+    """
+    console = console or Console(highlight=False)
+    target, tokenizer, drafter = load_pair(
+        target_name or str(EMBEDDED / "target"), drafter_name or str(EMBEDDED / "drafter")
+    )
+    prompts = json.loads((prompts_file or EMBEDDED / "prompts.json").read_text(encoding="utf-8"))[:MEASURED_PROMPTS]
+    encoded = [tokenizer(prompt["prompt"], return_tensors="pt").input_ids.to(target.device) for prompt in prompts]
+
+    console.rule(f"The target continues {prompts[0]['source']}", style="dim")
+    legend = Text.assemble("the prompt, ", ("accepted draft tokens", ACCEPTED), ", ", ("the target's own", CHOSEN))
+    console.print(legend, "\n")
+    rounds = stream(target, tokenizer, drafter, encoded[0], max_new_tokens, console)
+    console.rule("The tree of one round", style="dim")
+    show_round(target, tokenizer, drafter, encoded[0], rounds, console)
+    arms = standard_arms(drafter)
+    console.rule(f"{max_new_tokens} tokens after each of {len(prompts)} prompts, in {len(arms)} ways", style="dim")
+    # No spinner: its thread would compete with what is measured.
+    console.print(f"measuring {repeats} repeats, all ways in turn ...\n", style="dim")
+    result = compare(target, arms, encoded, max_new_tokens=max_new_tokens, repeats=repeats, do_sample=False)
+    show_table(result, console)
+    return result
+
+
+def stream(target, tokenizer, drafter, prompt: torch.Tensor, max_new_tokens: int, console: Console) -> list[list[int]]:
+    """Generate, printing each round as it is committed; return the tokens of each round."""
+    console.print(Text(tokenizer.decode(prompt[0])), end="", soft_wrap=True)
+    ids = prompt[0].tolist()
+
+    def print_round(tokens: list[int]) -> None:
+        for index, token in enumerate(tokens):
+            before = tokenizer.decode(ids)
+            ids.append(token)
+            style = CHOSEN if index == len(tokens) - 1 else ACCEPTED
+            console.print(Text(tokenizer.decode(ids)[len(before) :], style=style), end="", soft_wrap=True)
+
+    recorder = RoundRecorder(print_round)
+    with recorder.watching(target):
+        target.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            assistant_model=drafter,
+            streamer=recorder,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+    console.print("\n")
+    return recorder.rounds
+
+
+def show_round(target, tokenizer, drafter, prompt: torch.Tensor, rounds: list[list[int]], console: Console) -> None:
+    """Print the draft tree of a round of typical length, and the path the target took through it."""
+    lengths = [len(tokens) for tokens in rounds[1:]]
+    mean = sum(lengths) / len(lengths)
+    number = 1 + min(range(len(lengths)), key=lambda index: abs(lengths[index] - mean))
+    before = [token for tokens in rounds[:number] for token in tokens]
+    tree = draft_after(target, drafter, torch.cat([prompt, prompt.new_tensor([before])], dim=1))
+    path = [0]
+    for token in rounds[number][:-1]:
+        if (path[-1], token) not in tree.children[0]:
+            break  # drafted again from a single pass over the text, which rounds differently in half precision
+        path.append(tree.children[0][path[-1], token])
+    nodes = tree.token_ids.shape[1]
+    shown = sorted({*range(min(SHOWN_NODES, nodes)), *path})
+    console.print(
+        f"Round {number} of {len(lengths)}: the drafter proposed {nodes - 1} nodes in one pass "
+        f"({len(shown) - 1} of them shown), each with its probability after the node before it. The target checked "
+        f"them in one pass and accepted {len(path) - 1} tokens.\n"
+    )
+    console.print(rich_tree(tree, tokenizer, shown, path, rounds[number][-1]))
+    console.print()
+
+
+@torch.no_grad()
+def draft_after(target, drafter, ids: torch.Tensor) -> DraftTree:
+    """Draft the tree that follows a text of shape `(1, length)`, as the round after it would."""
+    with tapped_states(target, drafter.config.target_layer_ids) as states:
+        target(input_ids=ids[:, :-1], use_cache=False)
+    length = ids.shape[1] - 1
+    context = Context(states[0], torch.arange(length, device=ids.device)[None], [length])
+    generator = TreeFlashCandidateGenerator(drafter, target.get_input_embeddings(), target.get_output_embeddings())
+    return generator.draft_tree(ids[:, -1], context)
+
+
+def rich_tree(tree: DraftTree, tokenizer, shown: list[int], path: list[int], own_choice: int) -> Tree:
+    """Lay a draft tree out for the terminal.
+
+    Args:
+        shown (`list[int]`):
+            Nodes to draw, root first; closed under parents.
+        path (`list[int]`):
+            Nodes the target accepted, root first.
+        own_choice (`int`):
+            The token the target chose after them.
+    """
+    tokens, parents, scores = tree.token_ids[0].tolist(), tree.parents[0].tolist(), tree.path_log_probs[0]
+    branches = {0: Tree(Text(f"{tokenizer.decode([tokens[0]])!r}  the newest token of the text"))}
+    for node in shown[1:]:
+        parent = parents[node]
+        probability = float((scores[node] - scores[parent]).exp())
+        label = Text.assemble(
+            (repr(tokenizer.decode([tokens[node]])), ACCEPTED if node in path else ""), (f"  {probability:.2f}", "dim")
+        )
+        branches[node] = branches[parent].add(label, guide_style=ACCEPTED if node in path else "")
+    branches[path[-1]].add(Text(f"{tokenizer.decode([own_choice])!r}  the target's own", style=CHOSEN))
+    return branches[0]
+
+
+def show_table(result: dict[str, Any], console: Console) -> None:
+    """Print a comparison."""
+    heading, *rows = table_rows(result)
+    table = Table()
+    for index, name in enumerate(heading):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    settings, where = result["settings"], result["environment"]
+    console.print(
+        f"Greedy, batch 1, {where['device']}, {where['threads']} threads, {where['dtype']}; medians of "
+        f"{settings['repeats']} interleaved repeats. Distinct 4-grams of the text: "
+        f"{result['arms'][0]['distinct_4grams']:.2f} (repetition flatters every drafter).",
+        style="dim",
+    )

@@ -1,0 +1,102 @@
+"""A target and its drafter as tools use them: loading both, encoding prompts, views of a drafter."""
+
+import copy
+import hashlib
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .modeling_treeflash import TreeFlashDraftModel
+
+
+def load_pair(
+    target: str, drafter: str, *, device: str | None = None, dtype: str | None = None
+) -> tuple[Any, Any, Any]:
+    """Load a target, its tokenizer and a drafter of any layout.
+
+    Args:
+        target (`str`), drafter (`str`):
+            Folders or Hub repositories.
+        device (`str`, *optional*):
+            A CUDA device if there is one, by default.
+        dtype (`str`, *optional*):
+            As `from_pretrained` takes it; by default what is stored, and float32 on a CPU.
+
+    Returns:
+        `tuple`: The target, its tokenizer and the drafter, both models in evaluation mode.
+    """
+    model, tokenizer = load_target(target, device=device, dtype=dtype)
+    draft_model = TreeFlashDraftModel.from_pretrained(drafter, dtype=model.dtype, device_map=model.device).eval()
+    return model, tokenizer, draft_model
+
+
+def load_target(target: str, *, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """Load a target and its tokenizer; arguments as for [`load_pair`]."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device).eval()
+    return model, AutoTokenizer.from_pretrained(target)
+
+
+def encode_prompt(tokenizer, prompt: str, enable_thinking: bool = False) -> torch.Tensor:
+    """Turn a user's text into ids of shape `(1, length)`, by the chat template where the tokenizer has one.
+
+    Args:
+        enable_thinking (`bool`, *optional*, defaults to `False`):
+            Passed to the chat template; a drafter works best in the mode it was trained for.
+    """
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        enable_thinking=enable_thinking,
+        return_tensors="pt",
+        return_dict=True,
+    ).input_ids
+
+
+def describe_pair(target, tokenizer, drafter, enable_thinking: bool = False) -> dict[str, Any]:
+    """Say in plain data which models a measurement is about, down to revision, chat template and thinking mode."""
+    template = tokenizer.chat_template
+    return {
+        "target": {
+            "id": _identifier(target),
+            "revision": getattr(target.config, "_commit_hash", None),
+            "dtype": str(target.dtype).removeprefix("torch."),
+        },
+        "drafter": {
+            "id": _identifier(drafter),
+            "revision": getattr(drafter.config, "_commit_hash", None),
+            "parameters": drafter.num_parameters(),
+        },
+        "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
+        "enable_thinking": enable_thinking if template else None,
+    }
+
+
+def _identifier(model) -> str:
+    """Return where a model came from: its Hub id, or its folder's name."""
+    name = model.config.name_or_path
+    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+
+
+def with_knobs(drafter, **knobs):
+    """Return a view of a drafter, sharing its weights, with other drafting knobs."""
+    view = copy.copy(drafter)
+    view.generation_config = copy.deepcopy(drafter.generation_config)
+    for knob, value in knobs.items():
+        setattr(view.generation_config, knob, value)
+    return view
+
+
+def without_head(drafter):
+    """Return a view of a drafter, sharing its weights, that drafts from its marginals (of a PEFT model's base)."""
+    base = drafter.get_base_model() if hasattr(drafter, "get_base_model") else drafter
+    view = copy.copy(base)
+    view._modules = {**base._modules, "ar_head": None}
+    view.config = copy.deepcopy(base.config)
+    view.config.ar_head = None
+    return view

@@ -1,0 +1,90 @@
+"""Every command, once, on a tiny pair."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.hub.pair_on_disk import CHAT_TEMPLATE, save_pair
+
+typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("rich")
+
+from hf_treeflash import demo  # noqa: E402
+from hf_treeflash.cli import app  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"), CHAT_TEMPLATE)
+
+
+def pair_options(places):
+    return ["--target", places["--target"], "--drafter", places["--drafter"]]
+
+
+def run(*arguments):
+    result = typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exit_code != 0:
+        raise AssertionError(result.output) from result.exception
+    return result.output
+
+
+def test_generate(places):
+    output = run("generate", *pair_options(places), "abc", "--max-new-tokens", 9, "--tree-budget", 4)
+    assert "9 tokens" in output and "per pass" in output
+
+
+def test_bench_then_export_then_push(places, tmp_path):
+    evaluation = tmp_path / "evaluation.json"
+    output = run(
+        *("bench", *pair_options(places), places["--prompts"], "--task", "letters", "--temperature", 0.8),
+        *("--repeats", 1, "--max-new-tokens", 6, "--json", evaluation),
+    )
+    assert "TreeFlash tree B8 M16" in output
+    assert json.loads(evaluation.read_text())["results"][0]["task"] == "letters"
+    folder = tmp_path / "out"
+    assert "custom_generate/generate.py" in run(
+        "export", places["--drafter"], folder, "--target", "acme/target", "--evaluation", evaluation
+    )
+    assert "enable_thinking=False" in (folder / "README.md").read_text()
+    output = run("push", folder, "acme/drafter", "--private", "--dry-run")
+    assert "would upload" in output and "model.safetensors" in output
+
+
+def test_export_for_speculators(places, tmp_path):
+    output = run("export", places["--drafter"], tmp_path, "--target", "acme/target", "--speculators")
+    assert output.split() == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_demo_shows_stream_tree_and_table(places):
+    output = run(
+        "demo", *pair_options(places), "--prompts", places["--prompts"], "--max-new-tokens", 12, "--repeats", 1
+    )
+    assert "The target continues letters" in output and "the target's own" in output
+    assert "The tree of one round" in output and "TreeFlash tree" in output and "yes" in output
+
+
+def test_demo_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "EMBEDDED", tmp_path / "none")
+    result = typer_testing.CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 2 and "no embedded pair" in result.output
+
+
+def test_train(places, tmp_path):
+    chats, samples = tmp_path / "chats.jsonl", tmp_path / "samples.jsonl"
+    chats.write_text("\n".join(json.dumps({"prompt": text}) for text in ("abcd", "efgh", "ijkl")))
+    run(
+        *("train", *pair_options(places), "--chats", chats, "--samples", samples, "--max-new-tokens", 24),
+        *("--eval-prompts", places["--prompts"], "--output_dir", tmp_path / "run", "--stage", "head"),
+        *("--max_steps", 1, "--per_device_train_batch_size", 2, "--num_anchors", 4, "--report_to", "none"),
+        *("--use_cpu", "--save_strategy", "no"),
+    )
+    assert len(samples.read_text().splitlines()) == 3
+    assert {"model.safetensors", "command.txt"} < {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_package_alone_imports_no_extra():
+    code = "import sys, hf_treeflash; print({'typer', 'rich', 'matplotlib', 'peft'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -1,0 +1,222 @@
+"""An exported folder: complete, clean, and alive where this package is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+
+from hf_treeflash import TreeFlashDraftModel
+from hf_treeflash.benchmark import compare, standard_arms
+from hf_treeflash.hub import export_drafter, export_speculators, list_files, push
+from hf_treeflash.pairs import describe_pair
+from tests.hub.pair_on_disk import letter_tokenizer
+from tests.tiny import prompt, tiny_drafter, tiny_target
+
+MODEL = ["config.json", "generation_config.json", "model.safetensors"]
+CODE = ["checkpoints.py", "configuration_treeflash.py", "modeling_treeflash.py"]
+CUSTOM_GENERATE = [
+    f"custom_generate/{name}.py"
+    for name in (
+        "cache",
+        "candidate_generator",
+        "configuration_treeflash",
+        "generate",
+        "generation",
+        "logits_process",
+        "outputs",
+        "sequences",
+        "tree",
+        "validation",
+        "verify",
+    )
+]
+
+WITHOUT_PACKAGE = """
+import json, sys
+sys.modules["hf_treeflash"] = None
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+target = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+drafter = AutoModel.from_pretrained(sys.argv[2], trust_remote_code=True)
+out = target.generate(
+    torch.tensor([json.loads(sys.argv[3])]),
+    assistant_model=drafter,
+    custom_generate=sys.argv[2],
+    trust_remote_code=True,
+    max_new_tokens=20,
+    do_sample=False,
+    return_dict_in_generate=True,
+)
+print(json.dumps([type(drafter).__module__, out.sequences[0].tolist(), out.acceptance_lengths]))
+"""
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    target, drafter = tiny_target(), tiny_drafter()
+    target.config.name_or_path = "/home/someone/models/acme-target"
+    results = [
+        compare(target, standard_arms(drafter), [prompt()], task="letters", max_new_tokens=8, repeats=1, **sampling)
+        for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7})
+    ]
+    return {**describe_pair(target, letter_tokenizer(), drafter), "results": results}
+
+
+def test_file_list_is_exact(tmp_path):
+    files = export_drafter(tiny_drafter(), tmp_path / "out", target_id="acme/target")
+    assert files == sorted(["README.md", *MODEL, *CODE, *CUSTOM_GENERATE])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_treeflash.TreeFlashDraftModel"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["tree_budget"] == 64
+
+
+def test_same_tokens_in_a_process_without_the_package(tmp_path):
+    target, drafter = tiny_target(), tiny_drafter()
+    target.generation_config.eos_token_id = None
+    target.save_pretrained(tmp_path / "target")
+    drafter.generation_config.tree_budget = 9
+    export_drafter(drafter, tmp_path / "drafter", target_id="acme/target")
+    ids = prompt()
+    here = target.generate(
+        ids, assistant_model=drafter, max_new_tokens=20, do_sample=False, return_dict_in_generate=True
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    there = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            WITHOUT_PACKAGE,
+            tmp_path / "target",
+            tmp_path / "drafter",
+            json.dumps(ids[0].tolist()),
+        ],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert there.returncode == 0, there.stderr
+    module, sequence, lengths = json.loads(there.stdout.splitlines()[-1])
+    assert module.startswith("transformers_modules.")
+    assert sequence == here.sequences[0].tolist()
+    assert lengths == here.acceptance_lengths
+
+
+def test_card_takes_every_number_from_the_evaluation(tmp_path, evaluation):
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(evaluation))
+    command = tmp_path / "command.txt"
+    command.write_text("python /home/someone/train.py --output /data/run\n")
+    files = export_drafter(
+        tiny_drafter(),
+        tmp_path / "out",
+        target_id="acme/target",
+        target_revision="abc123",
+        name="acme/treeflash-target",
+        license="apache-2.0",
+        datasets=["acme/chats"],
+        evaluation=file,
+        command=command,
+    )
+    assert {"command.txt", "evaluation.json"} < set(files)
+    text = (tmp_path / "out" / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.base_model, data.library_name, data.pipeline_tag) == (
+        "acme/target",
+        "transformers",
+        "text-generation",
+    )
+    assert data.license == "apache-2.0" and data.datasets == ["acme/chats"] and "treeflash" in data.tags
+    assert [result.metric_type for result in data.eval_results] == ["block_efficiency"] * 2
+    for result in evaluation["results"]:
+        for arm in result["arms"]:
+            assert f"| {arm['name']} | {arm['tau']:.2f} | {arm['tokens_per_second']['median']:.0f} |" in text
+    assert "sampled, temperature 0.7" in text and "`abc123`" in text
+    assert "python train.py --output run" in text
+    assert "someone" not in text + (tmp_path / "out" / "evaluation.json").read_text()
+
+
+def test_plot_needs_matplotlib_and_the_rest_does_not(tmp_path, evaluation, monkeypatch):
+    arguments = {"target_id": "acme/target", "evaluation": evaluation}
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "acceptance.png" not in export_drafter(tiny_drafter(), tmp_path / "bare", **arguments)
+    assert "acceptance.png" not in (tmp_path / "bare" / "README.md").read_text()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert "acceptance.png" in export_drafter(tiny_drafter(), tmp_path / "drawn", **arguments)
+    assert "(acceptance.png)" in (tmp_path / "drawn" / "README.md").read_text()
+
+
+def test_card_without_evaluation_says_that_nothing_is_known(tmp_path):
+    export_drafter(tiny_drafter(head=False), tmp_path, target_id="acme/target")
+    text = (tmp_path / "README.md").read_text()
+    assert "efficiency is unknown" in text and "not recorded" in text and "Not stated" in text
+    assert "treeflash" not in ModelCard(text).data.tags
+
+
+@pytest.mark.parametrize("line", ["model = '/home/someone/model'", r"C:\Users\someone\model", "hf_" + "a1" * 17])
+def test_paths_and_tokens_are_not_published(tmp_path, line):
+    (tmp_path / "notes.md").write_text(f"fine: https://hf.co/a/b and yes/no/maybe\n{line}\n")
+    with pytest.raises(ValueError, match=r"notes\.md, line 2, holds an (absolute path|access token)"):
+        push(tmp_path, "acme/x", dry_run=True)
+
+
+def test_dry_run_lists_and_push_uploads_the_same_files(tmp_path, monkeypatch):
+    export_drafter(tiny_drafter(), tmp_path, target_id="acme/target")
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **kwargs: calls.append((repo, kwargs["private"])))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: calls.append(kwargs["allow_patterns"]))
+    listed = push(tmp_path, "acme/x", dry_run=True)
+    assert calls == []
+    assert push(tmp_path, "acme/x", private=True) == listed == list_files(tmp_path)
+    assert calls == [("acme/x", True), listed]
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_speculators_form_reads_back_as_the_same_backbone(tmp_path, window):
+    layer_types = ["sliding_attention", "full_attention"] if window else None
+    drafter = tiny_drafter(sliding_window=window, layer_types=layer_types)
+    files = export_speculators(drafter, tmp_path, "acme/target", "Qwen3ForCausalLM")
+    assert files == ["README.md", "config.json", "model.safetensors"]
+    assert "**dropped**" in (tmp_path / "README.md").read_text()
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["aux_hidden_state_layer_ids"] == [1, 3]
+    assert stored["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
+    again = TreeFlashDraftModel.from_pretrained(tmp_path)
+    assert again.ar_head is None
+    backbone = {key: value for key, value in drafter.state_dict().items() if not key.startswith("ar_head.")}
+    assert again.state_dict().keys() == backbone.keys()
+    assert all(torch.equal(value, backbone[key]) for key, value in again.state_dict().items())
+    for field in (
+        "target_layer_ids",
+        "block_size",
+        "mask_token_id",
+        "rope_parameters",
+        "layer_types",
+        "sliding_window",
+    ):
+        assert getattr(again.config, field) == getattr(drafter.config, field)
+
+
+def test_adapters_are_merged_into_a_copy(tmp_path):
+    peft = pytest.importorskip("peft")
+    drafter = tiny_drafter()
+    adapted = peft.get_peft_model(drafter, peft.LoraConfig(target_modules=["fc"], init_lora_weights=False))
+    export_drafter(adapted, tmp_path / "out", target_id="acme/target")
+    expected = drafter.fc.base_layer.weight + drafter.fc.get_delta_weight("default")
+    exported = TreeFlashDraftModel.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(exported.fc.weight, expected)
+    attached = tiny_drafter()
+    attached.add_adapter(peft.LoraConfig(target_modules=["fc"]))
+    with pytest.raises(ValueError, match="merged"):
+        export_drafter(attached, tmp_path / "attached", target_id="acme/target")
+
+
+def test_published_cards_hold_no_local_paths():
+    cards = Path(__file__).parents[2] / "hub_cards"
+    assert len([name for name in list_files(cards) if name.endswith(".md")]) >= 7
