@@ -11,4 +11,20 @@ AutoConfig.register("treeflash", TreeFlashConfig, exist_ok=True)
 AutoModel.register(TreeFlashConfig, TreeFlashDraftModel, exist_ok=True)
 install_hook()
 
-__all__ = ["TreeFlashCandidateGenerator", "TreeFlashConfig", "TreeFlashDraftModel", "install_hook", "remove_hook"]
+
+def __getattr__(name: str):
+    if name == "export_drafter":  # publishing loads with its first use
+        from .hub import export_drafter
+
+        return export_drafter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "TreeFlashCandidateGenerator",
+    "TreeFlashConfig",
+    "TreeFlashDraftModel",
+    "export_drafter",
+    "install_hook",
+    "remove_hook",
+]

@@ -1,7 +1,9 @@
 """Key-value caches under a tree: what a node sees, and keeping one path of a verify pass."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from transformers import Cache
@@ -37,6 +39,14 @@ def recording_past(cache: Cache) -> Iterator[None]:
             layer.record_past = record_past
 
 
+class StoredRow(NamedTuple):
+    """One row of a cache: its number of columns, each layer's last of them, and which columns hold a token."""
+
+    filled: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    valid: torch.Tensor | None
+
+
 class PrefixCache:
     """A cache of committed columns that keeps, after each pass, a different path of the tail for each row.
 
@@ -48,14 +58,19 @@ class PrefixCache:
             The cache the model writes to.
         valid (`torch.BoolTensor` of shape `(batch, columns)`, *optional*):
             Which of the present columns hold a token rather than padding; None if all do.
+        keep_rows (`bool`, *optional*, defaults to `False`):
+            Whether rows that `select` takes out are to come back with `restore_rows`.
     """
 
-    def __init__(self, cache: Cache, valid: torch.Tensor | None = None):
+    def __init__(self, cache: Cache, valid: torch.Tensor | None = None, keep_rows: bool = False):
         self.cache = cache
         self.valid = valid
         self.length: int = cache.get_seq_length()
         # Columns of each row up to the right edge, its own padding included; None while all rows fill `length`.
         self.filled: list[int] | None = None
+        # Rows taken out, by their place in the first batch.
+        self.rows = list(range(cache.layers[0].keys.shape[0])) if keep_rows else None
+        self.taken_out: dict[int, StoredRow] = {}
 
     def visible(
         self,
@@ -121,6 +136,18 @@ class PrefixCache:
                 _commit_layer(layer, self.length, tail, new_length, moved, source)
         self.length = new_length
 
+    def trim(self, columns: int) -> None:
+        """Keep only the last columns."""
+        if self.length <= columns:
+            return
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, -columns:], layer.values[:, :, -columns:]
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = columns
+        self.valid = None if self.valid is None else self.valid[:, -columns:]
+        self.filled = None if self.filled is None else [min(filled, columns) for filled in self.filled]
+        self.length = columns
+
     def rollback(self) -> None:
         """Drop the tail of a pass that was not committed, whole or broken off."""
         for layer in self.cache.layers:
@@ -132,6 +159,9 @@ class PrefixCache:
 
     def select(self, rows: list[int]) -> None:
         """Keep only some rows of the batch."""
+        if self.rows is not None:
+            self.taken_out |= {row: self._row(i) for i, row in enumerate(self.rows) if i not in rows}
+            self.rows = [self.rows[i] for i in rows]
         index = torch.tensor(rows)
         for layer in self.cache.layers:
             if layer.is_initialized:
@@ -140,6 +170,60 @@ class PrefixCache:
             self.valid = self.valid[index.to(self.valid.device)]
         if self.filled is not None:
             self.filled = [self.filled[row] for row in rows]
+
+    def restore_rows(self, length: int | None = None, run_last=None) -> None:
+        """Put rows that were taken out back in and each row's columns to the left edge, as plain decoding has them.
+
+        Args:
+            length (`int`, *optional*):
+                Columns to keep, by default those of the longest row; the columns behind a shorter row are zeros.
+            run_last (`Callable[[PrefixCache, list[int]], None]`, *optional*):
+                Runs the target over the last token of some rows, given a cache of these rows: plain decoding computes
+                its state for every row but the longest.
+        """
+        if self.rows is None or (self.filled is None and not self.taken_out and length in (None, self.length)):
+            return
+        rows = self.taken_out | {row: self._row(index) for index, row in enumerate(self.rows)}
+        self.length = max(row.filled for row in rows.values()) if length is None else length
+        short = [row for row in sorted(rows) if rows[row].filled < self.length]
+        if run_last is not None and short:
+            closing = self._of_rows([rows[row] for row in short])
+            run_last(closing, short)
+            closing.commit([[0]] * len(short), tail=1)
+            rows |= {row: closing._row(index) for index, row in enumerate(short)}
+        for number, layer in enumerate(self.cache.layers):
+            window = getattr(layer, "sliding_window", None)
+            for part, name in enumerate(("keys", "values")):
+                own = [(rows[row].filled, rows[row].layers[number][part]) for row in sorted(rows)]
+                states = _left_aligned(own, self.length)
+                setattr(layer, name, states if window is None else states[:, :, 1 - window :])
+            if window is not None:
+                layer.cumulative_length = self.length
+        self.rows, self.filled, self.taken_out = sorted(rows), None, {}
+
+    def _row(self, index: int) -> "StoredRow":
+        filled = self.length if self.filled is None else self.filled[index]
+        layers = [
+            (layer.keys[index, :, -filled:].clone(), layer.values[index, :, -filled:].clone())
+            for layer in self.cache.layers
+        ]
+        return StoredRow(filled, layers, None if self.valid is None else self.valid[index, -filled:])
+
+    def _of_rows(self, rows: list["StoredRow"]) -> "PrefixCache":
+        """Return a cache of its own with these rows, ending at the right edge."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        filled = [row.filled for row in rows]
+        for number, layer in enumerate(cache.layers):
+            layer.keys, layer.values = (
+                _right_aligned([row.layers[number][part] for row in rows]) for part in range(2)
+            )
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = max(filled)
+        own = [torch.ones(row.filled, dtype=torch.bool) if row.valid is None else row.valid for row in rows]
+        result = PrefixCache(cache, _right_aligned([valid[None, :, None] for valid in own])[:, 0, :, 0])
+        result.filled = filled
+        return result
 
     def _right_align(self, paths: list[list[int]]) -> tuple[int, torch.Tensor]:
         """Return the new length, and for every new column the present column it comes from."""
@@ -170,6 +254,22 @@ class PrefixCache:
             self.valid[row, : source.shape[1] - filled] = False
         if min(self.filled or ()) == source.shape[1]:
             self.filled = None
+
+
+def _left_aligned(rows: list[tuple[int, torch.Tensor]], length: int) -> torch.Tensor:
+    """Stack rows given as their number of columns and the states of the last of these."""
+    _, like = rows[0]
+    states = like.new_zeros(len(rows), like.shape[0], length, like.shape[2])
+    for row, (filled, own) in enumerate(rows):
+        start = filled - own.shape[1]
+        states[row, :, start:filled] = own[:, : max(0, length - start)]
+    return states
+
+
+def _right_aligned(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Stack rows of different lengths, each `(heads, columns, size)`."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
 
 
 def _commit_layer(

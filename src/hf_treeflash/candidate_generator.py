@@ -1,6 +1,7 @@
 """From the target's states to a draft tree: context features, one drafting pass, the builder."""
 
 import copy
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation import CandidateGenerator
 from transformers.utils import logging
 
+from .budget import SIZES
 from .cache import PrefixCache
 from .configuration_treeflash import DRAFTING_DEFAULTS
-from .tree import DraftTree, build_tree
+from .lookup import graft
+from .tree import DraftTree, Permitted, build_tables, build_tree, tree_from_tables
 from .verify import additive_mask
 
 logger = logging.get_logger(__name__)
@@ -48,23 +51,45 @@ class Context(NamedTuple):
             None if self.valid is None else self.valid[rows],
         )
 
-    def followed_by(self, other: "Context") -> "Context":
-        """Append a later context of the same single row."""
+    def last(self, length: int) -> "Context":
+        """Keep the last positions of a context without filler."""
+        if length >= self.position_ids.shape[1] or min(self.counts) < self.position_ids.shape[1]:
+            return self
+        valid = None if self.valid is None else self.valid[:, -length:]
         return Context(
-            torch.cat([self.hidden_states, other.hidden_states], dim=1),
-            torch.cat([self.position_ids, other.position_ids], dim=1),
-            [self.counts[0] + other.counts[0]],
-            other.valid if other.valid is None else nn.functional.pad(other.valid, (self.counts[0], 0), value=True),
+            self.hidden_states[:, -length:], self.position_ids[:, -length:], [length] * len(self.counts), valid
         )
+
+    def followed_by(self, other: "Context") -> "Context":
+        """Append a later context of the same rows, closing up the filler in between."""
+        length, counts = self.position_ids.shape[1], [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        columns = [
+            [*range(first), *range(length, length + then), *[0] * (max(counts) - first - then)]
+            for first, then in zip(self.counts, other.counts, strict=True)
+        ]
+        index = torch.tensor(columns, device=self.position_ids.device)
+        states = torch.cat([self.hidden_states, other.hidden_states.to(self.hidden_states.device)], dim=1)
+        states = states.gather(1, index.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
+        positions = torch.cat([self.position_ids, other.position_ids.to(index.device)], dim=1).gather(1, index)
+        if self.valid is None and other.valid is None:
+            return Context(states, positions, counts)
+        valid = [
+            torch.ones_like(c.position_ids, dtype=torch.bool) if c.valid is None else c.valid for c in (self, other)
+        ]
+        kept = torch.cat([v.to(index.device) for v in valid], dim=1).gather(1, index)
+        present = torch.arange(max(counts), device=index.device) < torch.tensor(counts, device=index.device)[:, None]
+        return Context(states, positions, counts, kept & present)
 
 
 class DraftingKnobs(NamedTuple):
-    """The drafting settings of `drafter.generation_config`, checked."""
+    """The drafting settings of `drafter.generation_config`, checked; an automatic budget as its largest size."""
 
     tree_budget: int
     num_candidates: int
     branching: int
     draft_temperature: float
+    draft_window: int | None
+    is_auto: bool
 
     @classmethod
     def read(cls, generation_config: GenerationConfig) -> "DraftingKnobs":
@@ -83,13 +108,19 @@ class DraftingKnobs(NamedTuple):
         values: dict[str, Any] = {
             name: getattr(generation_config, name, default) for name, default in DRAFTING_DEFAULTS.items()
         }
-        for name, least in (("tree_budget", 2), ("num_candidates", 1), ("branching", 1)):
+        is_auto = values["tree_budget"] == "auto"
+        values["tree_budget"] = max(SIZES) if is_auto else values["tree_budget"]
+        integers = {"tree_budget": 2, "num_candidates": 1, "branching": 1}
+        if values["draft_window"] is not None:
+            integers["draft_window"] = 1
+        for name, least in integers.items():
             if type(values[name]) is not int or values[name] < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {values[name]!r}.")
+                auto = ", or 'auto'" if name == "tree_budget" else ""
+                raise ValueError(f"`{name}` must be an integer of at least {least}{auto}, got {values[name]!r}.")
         temperature = values["draft_temperature"]
         if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
             raise ValueError(f"`draft_temperature` must be a positive number, got {temperature!r}.")
-        return cls(**values)
+        return cls(**values, is_auto=is_auto)
 
 
 class TreeFlashCandidateGenerator(CandidateGenerator):
@@ -104,6 +135,8 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             The target's output layer, called as a module.
         generation_config ([`GenerationConfig`], *optional*):
             Drafting knobs; the drafter's own by default.
+        temperature (`float`, *optional*, defaults to 1.0):
+            Temperature the call samples with: the tree ranks by what the target is likely to draw.
     """
 
     requires_model_outputs: bool = True
@@ -115,18 +148,26 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         main_model_input_embeddings: nn.Module,
         main_model_output_embeddings: nn.Module,
         generation_config: GenerationConfig | None = None,
+        temperature: float = 1.0,
     ):
         self.drafter = assistant_model
         self.target_embed = without_embed_norm(main_model_input_embeddings)
         self.target_head = main_model_output_embeddings
         # Looked up once: each look-up walks all parameters.
         self.device, self.dtype = assistant_model.device, assistant_model.dtype
+        self.temperature = temperature
         self.knobs = DraftingKnobs.read(generation_config or assistant_model.generation_config)
         self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))
         self.prefix.cache.activate_past_recording()
         self.rounds = self.emitted = 0
 
-    def draft_tree(self, anchor_ids: torch.Tensor, context: Context) -> DraftTree:
+    def draft_tree(
+        self,
+        anchor_ids: torch.Tensor,
+        context: Context,
+        permitted: Permitted | None = None,
+        lookup: tuple[list[list[int]], float] | None = None,
+    ) -> DraftTree:
         """Read the new context and draft the trees of one round.
 
         Args:
@@ -134,10 +175,16 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
                 Newest committed tokens, whose states the target has not computed yet.
             context ([`Context`]):
                 States of the positions committed since the last call.
+            permitted (`Callable`, *optional*):
+                Which tokens the call's processors leave possible, see [`build_tables`].
+            lookup (`tuple[list[list[int]], float]`, *optional*):
+                For each row a chain of tokens to graft into its tree, and the probability of each token.
 
         Returns:
-            [`DraftTree`] on the anchors' device.
+            [`DraftTree`]
         """
+        window, budget = self.knobs.draft_window, self.knobs.tree_budget
+        context = context if window is None else context.last(window)
         slots, length = self.drafter.config.block_size, context.hidden_states.shape[1]
         counts = torch.tensor(context.counts, device=context.position_ids.device)
         last = context.position_ids.gather(1, counts[:, None] - 1)
@@ -152,14 +199,22 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             past_key_values=self.prefix.cache,
             num_candidates=self.knobs.num_candidates,
             branching=self.knobs.branching,
-            temperature=self.knobs.draft_temperature,
+            temperature=self.knobs.draft_temperature * self.temperature,
         )
         tail_valid = context.valid
         if tail_valid is not None:
             tail_valid = nn.functional.pad(tail_valid, (0, slots), value=True).to(self.device)
         # The context's keys and values stay, the block's go.
         self.prefix.commit([list(range(count)) for count in context.counts], length + slots, tail_valid)
-        return build_tree(transitions, anchor_ids.to(transitions.token_ids.device), self.knobs.tree_budget)
+        if window is not None:
+            self.prefix.trim(window)
+        if permitted is None and lookup is None:
+            return build_tree(transitions, anchor_ids.to(transitions.token_ids.device), budget)
+        tables = build_tables(transitions, anchor_ids, budget, permitted)
+        if lookup is not None:
+            chains, trust = lookup
+            tables = [graft(table, chain, trust, budget) for table, chain in zip(tables, chains, strict=True)]
+        return tree_from_tables(tables)
 
     def _mask(self, context: Context, counts: torch.Tensor) -> dict[str, torch.Tensor] | None:
         config, slots = self.drafter.config, self.drafter.config.block_size
@@ -235,17 +290,22 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         return embeds.to(self.device, self.dtype)
 
     def _lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = next(self.target_head.parameters())
+        weight = any_tensor(self.target_head)
         # A quantised weight says nothing of the dtype its layer takes.
         dtype = weight.dtype if weight.is_floating_point() else None
         return self.target_head(hidden_states.to(home_of(self.target_head), dtype))
+
+
+def any_tensor(module: nn.Module) -> torch.Tensor:
+    """Return one of a module's weights; quantised modules may keep them all in buffers."""
+    return next(itertools.chain(module.parameters(), module.buffers()))
 
 
 def home_of(module: nn.Module) -> torch.device:
     """Return the device a module computes on, also while accelerate keeps its weights elsewhere."""
     hook = getattr(module, "_hf_hook", None)
     execution_device = getattr(hook, "execution_device", None)
-    return next(module.parameters()).device if execution_device is None else torch.device(execution_device)
+    return any_tensor(module).device if execution_device is None else torch.device(execution_device)
 
 
 def without_embed_norm(embedding: nn.Module) -> nn.Module:

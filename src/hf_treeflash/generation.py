@@ -1,16 +1,19 @@
 """The decoding loop (draft, verify, walk, commit) and its one hook into `generate()`."""
 
 import functools
+import time
 
 import torch
 from transformers import Cache, GenerationMixin
 
+from .budget import AutoBudget
 from .cache import PrefixCache, check_restorable, recording_past
 from .candidate_generator import Context, TreeFlashCandidateGenerator, tapped_states
 from .logits_process import TreeLogitsProcessor
+from .lookup import PromptLookup
 from .outputs import Recorder
 from .sequences import Sequences
-from .tree import DraftTree
+from .tree import DraftTree, root_only
 from .validation import check_call
 from .verify import Verdict, verify, walk
 
@@ -49,8 +52,14 @@ class TreeDecoding:
         self.recorder = Recorder(generation_config, len(self.rows))
         self.acceptance_lengths: list[list[int]] = [[] for _ in self.rows]
         self.generator = TreeFlashCandidateGenerator(
-            drafter, target.get_input_embeddings(), target.get_output_embeddings()
+            drafter,
+            target.get_input_embeddings(),
+            target.get_output_embeddings(),
+            temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
         )
+        self.auto = AutoBudget(drafter, len(self.rows)) if self.generator.knobs.is_auto else None
+        quotes = generation_config.prompt_lookup_num_tokens is not None
+        self.lookup = PromptLookup(generation_config, len(self.rows)) if quotes else None
 
     def run(self):
         """Decode until every row is finished; return what `generate` returns."""
@@ -59,12 +68,16 @@ class TreeDecoding:
             with recording_past(self.prefix.cache):
                 try:
                     while self.rows:
+                        started = time.perf_counter()
                         tree = self.draft()
                         outputs = self.verify(tree)
                         verdicts = self.walk(tree, outputs)
                         self.commit(tree, verdicts)
+                        if self.auto is not None:
+                            self.auto.observe(tree, verdicts, time.perf_counter() - started)
                 except BaseException:
                     self.prefix.rollback()
+                    self.prefix.restore_rows()
                     raise
         return self.result()
 
@@ -77,13 +90,16 @@ class TreeDecoding:
         self.taps.clear()
         mask, position_ids = kwargs.get("attention_mask"), kwargs["position_ids"]
         valid = None if mask is None else mask.bool()
-        self.prefix = PrefixCache(outputs.past_key_values, valid)
+        cache = outputs.past_key_values
+        outlives = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        self.prefix = PrefixCache(cache, valid, keep_rows=bool(outlives))
+        self.prompt_columns, self.first_positions = self.prefix.length, position_ids[..., -1] + 1
         # Models with several position axes still have the drafter count tokens.
         text_ids = position_ids if position_ids.ndim == 2 else count_positions(mask, self.prefix.length, position_ids)
         self.positions = position_ids[..., -1].expand(*position_ids.shape[:-2], batch) + 1
         self.text_positions = text_ids[:, -1].expand(batch) + 1
         length = states.shape[1]
-        self.context = Context(
+        context = Context(
             states,
             text_ids[:, -length:].expand(batch, -1),
             [length] * batch,
@@ -91,19 +107,41 @@ class TreeDecoding:
         )
         if earlier is not None:
             self.generator.prefix, pending = earlier
-            self.context = pending.followed_by(self.context)
+            context = pending.followed_by(context)
+        self.unread = [context]  # target states the drafter has yet to read
         self.recorder.prefill(outputs)
         # The prompt's last token is the root of a tree without branches.
         self._keep_unfinished(self._walk([{}] * batch, outputs.logits[:, -1:]))
 
     def draft(self) -> DraftTree:
         """Draft the trees of one round on the target's device."""
-        return self.generator.draft_tree(self.anchor_ids, self.context).to(self.anchor_ids.device)
+        if self.auto is not None and not self.auto.drafts():
+            return root_only(self.anchor_ids).to(self.anchor_ids.device)  # its context is read with the next draft
+        tree = self.generator.draft_tree(
+            self.anchor_ids,
+            functools.reduce(Context.followed_by, self.unread),
+            self.permitted if self.processor.masking else None,
+            None if self.lookup is None else self.lookup.find(self.rows, self.sequences),
+        )
+        self.unread = []
+        if self.auto is not None:
+            tree = tree.first(self.auto.size(tree))
+        return tree.to(self.anchor_ids.device)
+
+    def permitted(self, index: int, path: list[int]) -> torch.Tensor:
+        """Return which tokens may follow a path from the anchor of a row of the batch."""
+        row = self.rows[index]
+        prefix = self.sequences.prefix(row)
+        prefix = torch.cat([prefix, prefix.new_tensor([path])], dim=1)
+        return self.processor.permitted(row, prefix, self.drafter.config.vocab_size)
 
     def verify(self, tree: DraftTree):
         """Run the target once over the trees; return its output, one row of logits per node."""
         kwargs = {key: value for key, value in self.model_kwargs.items() if key not in PROMPT_KWARGS}
-        return verify(self.target, tree, self.prefix, self.positions, kwargs)
+        self.taps.clear()  # of what processors ran the target for
+        outputs = verify(self.target, tree, self.prefix, self.positions, kwargs)
+        self.states = self.taps.pop()
+        return outputs
 
     def walk(self, tree: DraftTree, outputs) -> list[Verdict]:
         """Follow the target's own choices through each tree."""
@@ -112,6 +150,8 @@ class TreeDecoding:
             self.acceptance_lengths[row].append(len(verdict.path))
             self.recorder.path(row, index, verdict.path, outputs, self.prefix)
             self.generator.update_candidate_strategy(self.input_ids, outputs.logits, len(verdict.path) - 1)
+            if self.lookup is not None:
+                self.lookup.observe(row, verdict.token_ids)
         return verdicts
 
     def commit(self, tree: DraftTree, verdicts: list[Verdict]) -> None:
@@ -119,17 +159,18 @@ class TreeDecoding:
         paths = [verdict.path for verdict in verdicts]
         self.prefix.commit(paths, tail=tree.token_ids.shape[1])
         counts = [len(path) for path in paths]
-        longest, states = max(counts), self.taps.pop()
+        longest, states = max(counts), self.states
         device = states.device
         nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
         steps = torch.arange(longest, device=device)
         accepted = torch.tensor(counts, device=device)
-        self.context = Context(
+        context = Context(
             states.gather(1, nodes[..., None].expand(-1, -1, states.shape[-1])),
             self.text_positions.to(device)[:, None] + steps,
             counts,
             None if min(counts) == longest else steps < accepted[:, None],
         )
+        self.unread.append(context)
         self.positions = self.positions + accepted.to(self.positions.device)
         self.text_positions = self.text_positions + accepted.to(self.text_positions.device)
         self._keep_unfinished(verdicts)
@@ -137,14 +178,17 @@ class TreeDecoding:
     def result(self):
         """Return the ids, or the dictionary the call asked for."""
         cache = self.prefix.cache
+        ids = self.sequences.padded(self.generation_config._pad_token_tensor)
+        steps = ids.shape[1] - self.sequences.prompt_length
+        self.prefix.restore_rows(self.prompt_columns + steps - 1, self._run_last)
         if len(self.acceptance_lengths) == 1:
-            remember_context(cache, self.drafter, self.generator.prefix, self.context)
+            pending = functools.reduce(Context.followed_by, self.unread)
+            remember_context(cache, self.drafter, self.generator.prefix, pending)
         if self.streamer is not None:
             self.streamer.end()
-        ids = self.sequences.padded(self.generation_config._pad_token_tensor)
         if not self.generation_config.return_dict_in_generate:
             return ids
-        return self.recorder.result(ids, cache, self.acceptance_lengths)
+        return self.recorder.result(ids, steps, cache, self.acceptance_lengths)
 
     def _walk(self, children: list[dict], logits: torch.Tensor) -> list[Verdict]:
         do_sample, choices = self.generation_config.do_sample, None
@@ -170,6 +214,15 @@ class TreeDecoding:
             self._stream(verdicts[-1].token_ids)
         return verdicts
 
+    def _run_last(self, prefix: PrefixCache, rows: list[int]) -> None:
+        """Run the target over the last token of rows that ended before others, as plain decoding does."""
+        tokens = torch.stack([self.sequences.prefix(row)[0, -1] for row in rows])
+        new = torch.tensor([self.sequences.lengths[row] - self.sequences.prompt_length for row in rows])
+        first = self.first_positions.expand(*self.first_positions.shape[:-1], len(self.sequences.lengths))
+        kwargs = {key: value for key, value in self.model_kwargs.items() if key not in PROMPT_KWARGS}
+        with recording_past(prefix.cache):
+            verify(self.target, root_only(tokens), prefix, first[..., rows] + new.to(first.device) - 1, kwargs)
+
     def _stream(self, token_ids: list[int]) -> None:
         if self.streamer is not None:
             for token in token_ids:
@@ -184,7 +237,7 @@ class TreeDecoding:
         if 0 < len(kept) < len(verdicts):
             self.prefix.select(kept)
             self.generator.prefix.select(kept)
-            self.context = self.context.select(kept)
+            self.unread = [context.select(kept) for context in self.unread]
             self.positions, self.text_positions = self.positions[..., kept], self.text_positions[kept]
 
 
@@ -197,15 +250,16 @@ def count_positions(attention_mask: torch.Tensor | None, length: int, like: torc
 
 def remember_context(cache: Cache, drafter, prefix: PrefixCache, pending: Context) -> None:
     """Leave the drafter's cache with the target's, so that a next turn on it drafts with the whole conversation."""
-    cache._treeflash_context = (id(drafter), prefix, pending)
+    cache._treeflash_context = (id(drafter), cache.get_seq_length(), prefix, pending)
 
 
 def recall_context(cache: Cache, drafter) -> tuple[PrefixCache, Context] | None:
     """Return what an earlier turn left with this cache, if it is this drafter's and the cache was not cut since."""
     if not hasattr(cache, "_treeflash_context"):
         return None
-    owner, prefix, pending = cache._treeflash_context
-    intact = owner == id(drafter) and prefix.length + pending.counts[0] == cache.get_seq_length()
+    *state, prefix, pending = cache._treeflash_context
+    # Cut or repeated since, it no longer is the text the drafter has read.
+    intact = state == [id(drafter), cache.get_seq_length()] and cache.layers[0].keys.shape[0] == 1
     return (prefix, pending) if intact else None
 
 

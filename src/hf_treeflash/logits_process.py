@@ -1,19 +1,32 @@
 """The call's logits processors along the paths of a tree."""
 
+import copy
+
 import torch
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
 # Their result depends on the scores alone, so any number of nodes can go through one call.
@@ -28,6 +41,34 @@ PREFIX_INDEPENDENT = (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+)
+
+# Theirs depends on the row alone, not on its index or on earlier calls.
+ROW_BY_ROW = (
+    *PREFIX_INDEPENDENT,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+
+# They rule tokens out and keep no state between calls, so a draft can be asked before it is made.
+MASKING = (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
 )
 
 
@@ -46,6 +87,9 @@ class TreeLogitsProcessor(LogitsProcessor):
         self.batch = batch
         # Exact types: a subclass may look at the prefix.
         self.prefix_independent = all(type(processor) in PREFIX_INDEPENDENT for processor in processors)
+        self.masking = LogitsProcessorList(processor for processor in processors if type(processor) in MASKING)
+        rows = range(batch) if batch > 1 else ()
+        self.by_row = [[for_row(processor, row) for processor in processors] for row in rows]
 
     def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
         """Process one node per row of the call; shapes as for any [`LogitsProcessor`].
@@ -74,8 +118,37 @@ class TreeLogitsProcessor(LogitsProcessor):
         """
         if self.batch == 1 or self.prefix_independent:
             return self(prefix, logits)
-        # Rows grow at their own pace, so they cannot share a call; the row keeps its index among copies of itself.
-        return self(prefix.expand(self.batch, -1), logits.expand(self.batch, -1))[row : row + 1]
+        scores = logits
+        for processor in self.by_row[row]:
+            if type(processor) in (*ROW_BY_ROW, PrefixConstrainedLogitsProcessor):
+                scores = processor(prefix, scores)
+            else:  # the row keeps its index among copies of itself
+                copies = scores.repeat(self.batch, 1)
+                scores = processor(prefix.expand(self.batch, -1), copies)[row : row + 1]
+        return scores
+
+    def permitted(self, row: int, prefix: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Return which tokens the call's processors leave possible after a prefix.
+
+        Args:
+            row (`int`):
+                Index of the row in the call.
+            prefix (`torch.LongTensor` of shape `(1, length)`):
+                The row's tokens.
+            vocab_size (`int`):
+                Width of the scores.
+
+        Returns:
+            `torch.BoolTensor` of shape `(vocab_size,)` on the host.
+        """
+        scores = torch.zeros(1, vocab_size, device=prefix.device)
+        try:
+            for processor in self.by_row[row] if self.by_row else self.masking:
+                if type(processor) in MASKING:
+                    scores = processor(prefix, scores)
+        except ValueError:  # a constraint that nothing satisfies: the text may never come to this
+            return torch.zeros(vocab_size, dtype=torch.bool)
+        return (scores[0] > float("-inf")).cpu()
 
     def whole_tree(self, logits: torch.Tensor) -> torch.Tensor:
         """Process all nodes in one call, which prefix-independent processors allow.
@@ -87,6 +160,27 @@ class TreeLogitsProcessor(LogitsProcessor):
         if not self.processors:
             return logits
         return self(None, logits.flatten(0, 1).float()).view(logits.shape)
+
+
+def for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """Return a processor for one row of a batch: rows grow at their own pace, so they cannot share a call or a state.
+
+    Raises:
+        ValueError: If a processor that may keep a state cannot be copied.
+    """
+    if type(processor) in ROW_BY_ROW:
+        return processor
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+    held = getattr(processor, "__dict__", {}).values()
+    try:
+        return copy.deepcopy(processor, {id(value): value for value in held if isinstance(value, torch.nn.Module)})
+    except Exception as error:
+        raise ValueError(
+            f"{type(processor).__name__} cannot be copied ({error}), which a batch needs: each row advances at its "
+            "own pace and has a copy of the processors to itself. Pass one prompt at a time."
+        ) from error
 
 
 __all__ = ["TreeLogitsProcessor"]

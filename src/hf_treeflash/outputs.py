@@ -88,38 +88,40 @@ class Recorder:
                 seen.append(weights[index : index + 1, :, node : node + 1, columns])
             self.attentions[row] += (tuple(seen),)
 
-    def result(self, sequences: torch.Tensor, cache, acceptance_lengths: list[list[int]]) -> TreeFlashGenerateOutput:
-        """Join the rows' records; rows that ended early are filled with zeros."""
+    def result(
+        self, sequences: torch.Tensor, steps: int, cache, acceptance_lengths: list[list[int]]
+    ) -> TreeFlashGenerateOutput:
+        """Join the rows' records of the first `steps` tokens; rows that ended early are filled with zeros."""
         passes = sum(len(lengths) for lengths in acceptance_lengths)
         emitted = sum(sum(lengths) for lengths in acceptance_lengths)
         return TreeFlashGenerateOutput(
             sequences=sequences,
-            scores=_join(self.scores),
-            logits=_join(self.logits),
-            hidden_states=_join_layers(self.states),
-            attentions=_join_layers(self.attentions),
+            scores=_join(self.scores, steps),
+            logits=_join(self.logits, steps),
+            hidden_states=_join_layers(self.states, steps),
+            attentions=_join_layers(self.attentions, steps),
             past_key_values=cache,
             acceptance_lengths=acceptance_lengths,
             block_efficiency=emitted / passes if passes else float("nan"),
         )
 
 
-def _join(rows: Rows | None) -> tuple | None:
+def _join(rows: Rows | None, steps: int) -> tuple | None:
     """Turn per-row tuples over steps into one tuple over steps of batched tensors."""
     if rows is None:
         return None
     longest = max(rows, key=len)
     return tuple(
         torch.cat([row[step] if step < len(row) else torch.zeros_like(longest[step]) for row in rows])
-        for step in range(len(longest))
+        for step in range(steps)
     )
 
 
-def _join_layers(rows: Rows | None) -> tuple | None:
+def _join_layers(rows: Rows | None, steps: int) -> tuple | None:
     if rows is None:
         return None
     layers = len(max(rows, key=len)[0])
-    by_layer = [_join([tuple(step[layer] for step in row) for row in rows]) for layer in range(layers)]
+    by_layer = [_join([tuple(step[layer] for step in row) for row in rows], steps) for layer in range(layers)]
     return tuple(zip(*by_layer, strict=True))
 
 

@@ -1,7 +1,13 @@
 """The texts being generated: one row each, growing at its own pace, stopping where plain `generate` stops."""
 
 import torch
-from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 
 class Sequences:
@@ -22,6 +28,9 @@ class Sequences:
         self._eos_ids: set[int] = set()
         # Length and end-of-text need no tensor; exact types, as a subclass may decide otherwise.
         self._criteria = StoppingCriteriaList()
+        # Without an end-of-text token plain decoding pads nothing: every row is written until all have ended.
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self._ended: dict[int, int] = {}  # length at which a row met a criterion
         for criterion in stopping_criteria:
             if type(criterion) is MaxLengthCriteria:
                 self._max_length = min(criterion.max_length, self._max_length or criterion.max_length)
@@ -48,13 +57,32 @@ class Sequences:
         self._ids[row, length] = token
         self.lengths[row] = length + 1
         done = token in self._eos_ids or (self._max_length is not None and length + 1 >= self._max_length)
-        if self._criteria:  # asked for every token, as plain decoding does, also for one that ends the text anyway
-            done = bool(self._criteria(self.prefix(row), scores)[0]) or done
-        return done
+        for criterion in self._criteria:  # asked for every token, also for one that ends the text anyway
+            done = self._meets(criterion, row, scores) or done
+        if done:
+            self._ended.setdefault(row, length + 1)
+        if self._pads or length + 1 == self._max_length:
+            return done
+        return len(self._ended) == len(self.lengths) and length + 1 >= self.final_length
+
+    @property
+    def final_length(self) -> int:
+        """Length of the longest text, once every row has ended."""
+        return max(self._ended.values())
+
+    def _meets(self, criterion, row: int, scores: tuple | None) -> bool:
+        ids, batch = self.prefix(row), len(self.lengths)
+        if type(criterion) not in (MaxTimeCriteria, StopStringCriteria):  # it may tell rows apart by their index
+            ids = ids.expand(batch, -1)
+            scores = scores if scores is None else tuple(step.expand(batch, -1) for step in scores)
+        answer = criterion(ids, scores)
+        if not isinstance(answer, torch.Tensor) or answer.ndim == 0:
+            return bool(answer)
+        return bool(answer[row if len(answer) > 1 else 0])
 
     def padded(self, pad_token_id: torch.Tensor | None) -> torch.Tensor:
         """Return all rows, shorter ones filled up with the pad token, of shape `(batch, longest)`."""
-        ids = self._ids[:, : max(self.lengths)].clone()
+        ids = self._ids[:, : self.final_length].clone()
         for row, length in enumerate(self.lengths):
             if pad_token_id is not None and length < ids.shape[1]:
                 ids[row, length:] = pad_token_id

@@ -1,11 +1,16 @@
 """The draft tree, and its builder: the most probable nodes under the drafter's transitions."""
 
+import functools
 import heapq
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+
+Permitted = Callable[[int, list[int]], torch.Tensor]
 
 
 class NodeTable(NamedTuple):
@@ -49,6 +54,18 @@ class DraftTree:
             for row in zip(self.parents.tolist(), self.token_ids.tolist(), strict=True)
         ]
 
+    def first(self, nodes: int) -> "DraftTree":
+        """Return the tree of the first nodes; parents stand before children, so any number is a tree."""
+        if nodes >= self.token_ids.shape[1]:
+            return self
+        return DraftTree(
+            self.token_ids[:, :nodes],
+            self.parents[:, :nodes],
+            self.depths[:, :nodes],
+            self.ancestor_mask[:, :nodes, :nodes],
+            self.path_log_probs[:, :nodes],
+        )
+
     def to(self, device: torch.device) -> "DraftTree":
         """Move the tree to a device."""
         if self.token_ids.device == device:
@@ -76,53 +93,85 @@ def build_tree(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> Draft
     Source: arXiv 2606.03819; the selection is OPT-Tree's (arXiv 2406.17276).
     """
     if transitions.log_probs.device.type == "cpu":
-        return _build_on_host(transitions, anchor_ids, tree_budget)
+        return tree_from_tables(build_tables(transitions, anchor_ids, tree_budget))
     return build_by_level(transitions, anchor_ids, tree_budget)
 
 
-def _build_on_host(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> DraftTree:
-    tables = [table.numpy() for table in transitions]
-    rows = [
-        best_first([table[row] for table in tables], anchor, tree_budget)
+def build_tables(
+    transitions, anchor_ids: torch.Tensor, tree_budget: int, permitted: Permitted | None = None
+) -> list[NodeTable]:
+    """Build the same trees on the host, one table per row, with what only the host can do.
+
+    Args:
+        permitted (`Callable`, *optional*):
+            Given (row, tokens after the anchor), the tokens that may follow, as a boolean tensor over the vocabulary.
+            No node is spent on others, and the rest share their probability.
+    """
+    tables = [table.cpu().numpy() for table in transitions]
+    return [
+        best_first(
+            [table[row] for table in tables],
+            anchor,
+            tree_budget,
+            None if permitted is None else functools.partial(permitted, row),
+        )
         for row, anchor in enumerate(anchor_ids.tolist())
     ]
-    return tree_from_tables(rows)
 
 
-def best_first(tables, anchor: int, tree_budget: int) -> NodeTable:
+def best_first(tables, anchor: int, tree_budget: int, permitted=None) -> NodeTable:
     """Pop the best open node until the budget is spent; only rows that are reached are ever read."""
-    token_ids, log_probs, next_rows = tables
-    depth_limit = len(token_ids)
+    depth_limit = len(tables[0])
     node = NodeTable([anchor], [-1], [0], [0.0], [1])
-    rows_read: dict[tuple[int, int], tuple[list, list, list]] = {}
     frontier: list[tuple] = []
+    rows_read: dict[tuple[int, int], tuple[list, ...]] = {}
 
-    def read(depth: int, row: int) -> tuple[list, list, list]:
+    def open_row(parent: int, depth: int, row: int, ranks: tuple, score: float) -> None:
+        """Offer the children of a node, which a row of the transitions describes."""
         if (depth, row) not in rows_read:
-            rows_read[depth, row] = tuple(table[depth, row].tolist() for table in (token_ids, log_probs, next_rows))
-        return rows_read[depth, row]
+            rows_read[depth, row] = tuple(table[depth, row].tolist() for table in tables)
+        children = rows_read[depth, row]
+        if permitted is not None:
+            children = _permitted_children(children, permitted(_path_to(node, parent)))
+        push(score, (*ranks, 0), parent, children)
 
-    def push(score: float, ranks: tuple, parent: int, row: int, entry: tuple) -> None:
-        # A frontier entry stands for one child of `parent` and, once taken, opens its next sibling.
-        log_prob = entry[1][ranks[-1]]
-        if log_prob > float("-inf"):
-            heapq.heappush(frontier, (-(score + log_prob), len(ranks), ranks, parent, row, score))
+    def push(score: float, ranks: tuple, parent: int, children: tuple) -> None:
+        # An entry stands for one child and, once taken, offers the next sibling. Ranks are unique: nothing after
+        # them is ever compared.
+        if ranks[-1] < len(children[1]) and children[1][ranks[-1]] > float("-inf"):
+            total = score + children[1][ranks[-1]]
+            heapq.heappush(frontier, (-total, len(ranks), ranks, parent, children, score))
 
-    push(0.0, (0,), 0, 0, read(0, 0))
+    open_row(0, 0, 0, (), 0.0)
     while frontier and len(node.token_ids) < tree_budget:
-        negative_score, depth, ranks, parent, row, parent_score = heapq.heappop(frontier)
-        entry = read(depth - 1, row)
-        rank, index, score = ranks[-1], len(node.token_ids), -negative_score
-        node.token_ids.append(entry[0][rank])
+        total, depth, ranks, parent, children, score = heapq.heappop(frontier)
+        rank, index = ranks[-1], len(node.token_ids)
+        node.token_ids.append(children[0][rank])
         node.parents.append(parent)
         node.depths.append(depth)
-        node.path_log_probs.append(score)
+        node.path_log_probs.append(-total)
         node.ancestors.append(node.ancestors[parent] | 1 << index)
-        if rank + 1 < len(entry[0]):
-            push(parent_score, (*ranks[:-1], rank + 1), parent, row, entry)
-        if depth < depth_limit and entry[2][rank] >= 0:
-            push(score, (*ranks, 0), index, entry[2][rank], read(depth, entry[2][rank]))
+        push(score, (*ranks[:-1], rank + 1), parent, children)
+        if depth < depth_limit and children[2][rank] >= 0:
+            open_row(index, depth, children[2][rank], ranks, -total)
     return node
+
+
+def _path_to(node: NodeTable, index: int) -> list[int]:
+    """Return the tokens from the anchor, which is left out, to a node."""
+    path: list[int] = []
+    while index > 0:
+        path.append(node.token_ids[index])
+        index = node.parents[index]
+    return path[::-1]
+
+
+def _permitted_children(children: tuple[list, ...], permitted: torch.Tensor) -> tuple[list, ...]:
+    """Drop children that may not be emitted and give their probability to the others."""
+    kept = [rank for rank, token in enumerate(children[0]) if permitted[token]]
+    tokens, log_probs, rows = ([column[rank] for rank in kept] for column in children)
+    mass = sum(math.exp(log_prob) for log_prob in log_probs)
+    return tokens, [log_prob - math.log(mass) if mass > 0 else log_prob for log_prob in log_probs], rows
 
 
 def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
@@ -145,6 +194,11 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
         ancestor_mask=bits.flatten(2)[..., :nodes].bool(),
         path_log_probs=stack("path_log_probs", float("-inf")),
     )
+
+
+def root_only(anchor_ids: torch.Tensor) -> DraftTree:
+    """Return trees without branches: plain decoding."""
+    return tree_from_tables([NodeTable([anchor], [-1], [0], [0.0], [1]) for anchor in anchor_ids.tolist()])
 
 
 def build_by_level(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> DraftTree:
@@ -219,4 +273,4 @@ def _assemble(anchor_ids, tokens, parents, depths, scores, max_depth: int) -> Dr
     return DraftTree(token_ids, parents, depths, mask, scores.float())
 
 
-__all__ = ["DraftTree", "build_by_level", "build_tree"]
+__all__ = ["DraftTree", "NodeTable", "build_by_level", "build_tables", "build_tree", "root_only", "tree_from_tables"]

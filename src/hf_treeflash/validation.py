@@ -84,9 +84,8 @@ def check_call(target, drafter, generation_mode, generation_config: GenerationCo
         )
     if generation_config.num_return_sequences > 1:
         raise ValueError("`num_return_sequences` must be 1 with a TreeFlash drafter; repeat the prompt in the batch.")
-    for option in ("assistant_early_exit", "prompt_lookup_num_tokens"):
-        if getattr(generation_config, option, None) is not None:
-            raise ValueError(f"`{option}` is a way to draft of its own; leave it out beside a TreeFlash drafter.")
+    if getattr(generation_config, "assistant_early_exit", None) is not None:
+        raise ValueError("`assistant_early_exit` drafts with the target itself; leave it out beside a drafter.")
     if mode_kwargs.get("synced_gpus"):
         raise ValueError("TreeFlash drafting does not run under `synced_gpus` (FSDP or ZeRO-3 inference).")
     if generation_config.use_cache is False:

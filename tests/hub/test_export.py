@@ -22,12 +22,14 @@ CODE = ["checkpoints.py", "configuration_treeflash.py", "modeling_treeflash.py"]
 CUSTOM_GENERATE = [
     f"custom_generate/{name}.py"
     for name in (
+        "budget",
         "cache",
         "candidate_generator",
         "configuration_treeflash",
         "generate",
         "generation",
         "logits_process",
+        "lookup",
         "outputs",
         "sequences",
         "tree",

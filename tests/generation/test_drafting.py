@@ -1,0 +1,204 @@
+"""What shapes the draft but never the text: pruning, temperature, automatic budget, prompt lookup, draft window."""
+
+import pytest
+import torch
+
+from hf_treeflash import generation
+from hf_treeflash.budget import PLAIN, AutoBudget
+from hf_treeflash.lookup import PromptLookup, graft
+from hf_treeflash.tree import NodeTable, build_tables, tree_from_tables
+from hf_treeflash.verify import Verdict
+from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+def run(target, drafter, ids=None, **settings):
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, **settings}
+    ids = prompt() if ids is None else ids
+    plain = target.generate(ids, **{k: v for k, v in settings.items() if k != "prompt_lookup_num_tokens"})
+    output = target.generate(ids, assistant_model=drafter, return_dict_in_generate=True, **settings)
+    assert torch.equal(plain, output.sequences)
+    return output
+
+
+def test_pruning_spends_no_node_on_what_cannot_be_emitted(target, monkeypatch):
+    trees = []
+    draft = generation.TreeDecoding.draft
+
+    def recording(self):
+        trees.append(draft(self))
+        return trees[-1]
+
+    monkeypatch.setattr(generation.TreeDecoding, "draft", recording)
+    allowed = [5, 9, 14, 20]
+    drafter = with_knobs(tiny_drafter(), tree_budget=24)
+    run(target, drafter, prefix_allowed_tokens_fn=lambda row, ids: allowed)
+    assert all(token in allowed for tree in trees for token in tree.token_ids[0, 1:].tolist())
+    trees.clear()
+    run(target, drafter, suppress_tokens=[4, 5, 6, 7, 8])
+    assert not any(token in (4, 5, 6, 7, 8) for tree in trees for token in tree.token_ids[0, 1:].tolist())
+
+
+JSON = '{"a":[1,2],"b":{"c":3}}'
+
+
+def json_like(row, ids):
+    """Permit only digits where the grammar has a value, and one forced token everywhere else."""
+    at = (len(ids) - 7) % 6
+    return {0: [4], 1: [5], 2: [6, 7, 8, 9, 10, 11], 3: [12], 4: [6, 7, 8, 9, 10, 11]}.get(at, [13])
+
+
+def test_a_grammar_raises_block_efficiency(target, monkeypatch):
+    """Forced tokens are certain, so a draft that knows the grammar gets further on the same budget."""
+    drafter = with_knobs(tiny_drafter(), tree_budget=16, num_candidates=VOCAB, branching=VOCAB)
+    pruned = run(target, drafter, prefix_allowed_tokens_fn=json_like, max_new_tokens=60).block_efficiency
+    monkeypatch.setattr("hf_treeflash.logits_process.MASKING", ())
+    blind = run(target, drafter, prefix_allowed_tokens_fn=json_like, max_new_tokens=60).block_efficiency
+    assert pruned > 1.5 * blind
+
+
+def test_the_draft_follows_the_calls_temperature(target, monkeypatch):
+    seen = []
+    drafter = with_knobs(tiny_drafter(), draft_temperature=0.5)
+    draft = drafter.draft
+    monkeypatch.setattr(drafter, "draft", lambda *args, **kw: seen.append(kw["temperature"]) or draft(*args, **kw))
+    for settings, expected in (({"do_sample": False}, 0.5), ({"do_sample": True, "temperature": 0.6}, 0.3)):
+        seen.clear()
+        target.generate(prompt(), assistant_model=drafter, max_new_tokens=4, **settings)
+        assert seen and all(abs(value - expected) < 1e-9 for value in seen)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_sliding"])
+def test_automatic_budget_keeps_the_text(family, batch):
+    drafter = with_knobs(tiny_drafter(), tree_budget="auto")
+    for seed in range(2):
+        run(tiny_target(family), drafter, prompt(batch=batch, seed=seed), max_new_tokens=60)
+
+
+def fake_tree(probability, nodes=64):
+    table = NodeTable([0], [-1], [0], [0.0], [1])
+    for node in range(1, nodes):  # a chain whose every node is this likely, given those before it
+        table.token_ids.append(node)
+        table.parents.append(node - 1)
+        table.depths.append(node)
+        table.path_log_probs.append(node * torch.tensor(probability).log().item())
+        table.ancestors.append(table.ancestors[node - 1] | 1 << node)
+    return tree_from_tables([table])
+
+
+def simulate(budget, seconds, probability, rounds=60):
+    """Run the controller against a machine with known round times; return the sizes it chose."""
+    chosen = []
+    for _ in range(rounds):
+        if budget.drafts():
+            tree = fake_tree(probability)
+            tree = tree.first(budget.size(tree))
+        else:
+            tree = fake_tree(probability, nodes=1)
+        nodes = tree.token_ids.shape[1]
+        accepted = min(nodes - 1, round(probability / (1 - probability)))
+        budget.observe(tree, [Verdict(list(range(accepted + 1)), [], False)], seconds[nodes])
+        chosen.append(nodes)
+    return chosen
+
+
+def test_the_budget_follows_measured_costs():
+    flat = {1: 1.0, 8: 1.2, 16: 1.2, 32: 1.25, 64: 1.3}
+    steep = {1: 1.0, 8: 1.3, 16: 2.4, 32: 5.0, 64: 10.0}
+    hopeless = {1: 1.0, 8: 3.0, 16: 4.0, 32: 5.0, 64: 6.0}
+    assert simulate(AutoBudget(torch.nn.Linear(1, 1), 1), flat, 0.95)[-1] == 64
+    assert simulate(AutoBudget(torch.nn.Linear(1, 1), 1), steep, 0.8)[-1] == 8
+    chosen = simulate(AutoBudget(torch.nn.Linear(1, 1), 1), hopeless, 0.3, rounds=200)
+    assert chosen[20:].count(PLAIN) > 150  # it rests, and tries again now and then
+    assert any(size != PLAIN for size in chosen[60:])
+
+
+def test_the_budget_recovers_when_drafting_pays_again():
+    budget = AutoBudget(torch.nn.Linear(1, 1), 1)
+    costs = {1: 1.0, 8: 1.3, 16: 1.4, 32: 1.6, 64: 2.0}
+    simulate(budget, costs, 0.1, rounds=60)
+    chosen = simulate(budget, costs, 0.9, rounds=200)
+    assert chosen[-30:].count(PLAIN) == 0
+
+
+def test_measurements_are_kept_between_calls_and_go_with_the_drafter():
+    drafter = torch.nn.Linear(1, 1)
+    simulate(AutoBudget(drafter, 1), {1: 1.0, 8: 1.2, 16: 1.3, 32: 1.4, 64: 1.5}, 0.9)
+    assert set(AutoBudget(drafter, 1).seconds) == {1, 8, 16, 32, 64}
+    assert not AutoBudget(drafter, 2).seconds
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_prompt_lookup_joins_the_tree_and_helps_where_text_repeats(target, batch):
+    """A target that repeats itself, and a drafter that knows nothing."""
+    ids = prompt(40, batch=batch).remainder(3) + 6
+    drafter = with_knobs(tiny_drafter(seed=7), tree_budget=16)
+    bias = {"sequence_bias": [[[9], -50.0]], "max_new_tokens": 50}
+    without = run(target, drafter, ids, **bias)
+    grafted = run(target, drafter, ids, prompt_lookup_num_tokens=8, **bias)
+    assert torch.equal(without.sequences, grafted.sequences)
+
+
+def test_grafted_trees_stay_within_the_budget_and_keep_the_best_of_both():
+    from tests.unit.test_tree import random_transitions
+
+    drafted = build_tables(random_transitions(3, depth=5, rows=4, branching=4), torch.tensor([7]), 12)[0]
+    chain = [49, 48, drafted.token_ids[1], 47]
+    merged = graft(drafted, chain, 0.9, 12)
+    assert len(merged.token_ids) == 12 and merged.token_ids[0] == 7
+    tree = tree_from_tables([merged])
+    node, path = 0, []
+    while (node, chain[len(path)]) in tree.children[0]:
+        node = tree.children[0][node, chain[len(path)]]
+        path.append(tree.token_ids[0, node].item())
+        if len(path) == len(chain):
+            break
+    assert path == chain
+    assert merged.path_log_probs == sorted(merged.path_log_probs, reverse=True)
+    # A chain nobody trusts displaces no drafted node.
+    assert graft(drafted, chain, 1e-6, 12).token_ids == drafted.token_ids
+    # A chain that is in the tree already costs nothing.
+    known = [drafted.token_ids[1]]
+    assert sorted(graft(drafted, known, 0.9, 12).token_ids) == sorted(drafted.token_ids)
+
+
+def test_lookup_learns_how_far_to_trust_itself(target):
+    lookup = PromptLookup(target.generation_config.__class__(prompt_lookup_num_tokens=4, max_length=100), 1)
+    start = lookup.trust
+    lookup.chains[0] = [1, 2, 3, 4]
+    for _ in range(10):
+        lookup.observe(0, [1, 2, 3, 4, 5])
+    assert lookup.trust > 0.9 > start
+    for _ in range(20):
+        lookup.observe(0, [9])
+    assert lookup.trust < start
+
+
+@pytest.mark.parametrize("window", [1, 6, 20])
+def test_draft_window_bounds_the_drafters_cache(target, monkeypatch, window):
+    lengths = []
+    commit = generation.TreeDecoding.commit
+
+    def recording(self, *args):
+        lengths.append(self.generator.prefix.cache.layers[0].keys.shape[2])
+        return commit(self, *args)
+
+    monkeypatch.setattr(generation.TreeDecoding, "commit", recording)
+    drafter = with_knobs(tiny_drafter(), draft_window=window)
+    for batch in (1, 3):
+        run(target, drafter, prompt(12, batch=batch), max_new_tokens=50)
+    assert max(lengths) <= window
+
+
+def test_long_runs_grow_by_the_caches_alone(target):
+    """A thousand tokens: as many columns in both caches as tokens, nothing else kept per token."""
+    drafter = with_knobs(tiny_drafter(), draft_window=16)
+    model = tiny_target(max_position_embeddings=2048)
+    output = run(model, drafter, max_new_tokens=1000)
+    assert output.past_key_values.get_seq_length() == 7 + 999
+    assert output.past_key_values._treeflash_context[2].cache.layers[0].keys.shape[2] <= 16
