@@ -1,15 +1,7 @@
-"""Offline, seeded, on tiny models built from configs; nothing is downloaded."""
-
-import os
-import tempfile
-
-_home = tempfile.mkdtemp(prefix="hf-treeflash-tests-")
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = _home
-os.environ["HF_MODULES_CACHE"] = os.path.join(_home, "modules")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+"""Seeded tests on tiny models built from configs; nothing is downloaded."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest

@@ -18,6 +18,11 @@ def check_restorable(cache: Cache | None) -> None:
     """
     if cache is None:
         raise ValueError("Tree drafting needs a target that keeps its state in a `Cache`, which this one does not.")
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "Tree drafting does not work on an offloaded cache, whose layers move between devices during a pass; use "
+            "a plain `DynamicCache` (what `generate` makes by itself)."
+        )
     for index, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
@@ -79,6 +84,7 @@ class PrefixCache:
         tail_offsets: torch.Tensor,
         window: int | None = None,
         reach: int | None = None,
+        stored: int | None = None,
     ) -> torch.Tensor:
         """Return which stored and tail columns each query of a pass sees.
 
@@ -91,12 +97,15 @@ class PrefixCache:
                 Sliding window of the layer, whose cache holds one column less; None for full attention.
             reach (`int`, *optional*):
                 How many tokens away a key may be; by default one less than the window.
+            stored (`int`, *optional*):
+                Columns of the prefix that the layer holds, where its cache is not cut to its window.
 
         Returns:
             `torch.BoolTensor` of shape `(batch, 1, queries, stored + tail)`, the columns a layer of this window gets.
         """
         batch, queries, _ = tail_mask.shape
-        stored = self.length if window is None else min(self.length, window - 1)
+        if stored is None:
+            stored = self.length if window is None else min(self.length, window - 1)
         if self.valid is None:
             prefix = tail_mask.new_ones(batch, queries, stored)
         else:

@@ -2,9 +2,6 @@
 
 import copy
 import itertools
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,69 +13,12 @@ from transformers.utils import logging
 from .budget import SIZES
 from .cache import PrefixCache
 from .configuration_treeflash import DRAFTING_DEFAULTS
+from .context import Context
 from .lookup import graft
 from .tree import DraftTree, Permitted, build_tables, build_tree, tree_from_tables
 from .verify import additive_mask
 
 logger = logging.get_logger(__name__)
-
-
-class Context(NamedTuple):
-    """Target states of newly committed positions, what the drafter reads next.
-
-    Attributes:
-        hidden_states (`torch.Tensor` of shape `(batch, length, taps * hidden_size)`):
-            States at the drafter's `target_layer_ids`, concatenated.
-        position_ids (`torch.LongTensor` of shape `(batch, length)`):
-            Their absolute positions.
-        counts (`list[int]`):
-            How many of them each row has; the rest, at the end, is filler.
-        valid (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
-            Which of them hold a token rather than padding or filler; None if all do.
-    """
-
-    hidden_states: torch.Tensor
-    position_ids: torch.Tensor
-    counts: list[int]
-    valid: torch.Tensor | None = None
-
-    def select(self, rows: list[int]) -> "Context":
-        """Keep only some rows of the batch."""
-        return Context(
-            self.hidden_states[rows],
-            self.position_ids[rows],
-            [self.counts[row] for row in rows],
-            None if self.valid is None else self.valid[rows],
-        )
-
-    def last(self, length: int) -> "Context":
-        """Keep the last positions of a context without filler."""
-        if length >= self.position_ids.shape[1] or min(self.counts) < self.position_ids.shape[1]:
-            return self
-        valid = None if self.valid is None else self.valid[:, -length:]
-        return Context(
-            self.hidden_states[:, -length:], self.position_ids[:, -length:], [length] * len(self.counts), valid
-        )
-
-    def followed_by(self, other: "Context") -> "Context":
-        """Append a later context of the same rows, closing up the filler in between."""
-        length, counts = self.position_ids.shape[1], [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        columns = [
-            [*range(first), *range(length, length + then), *[0] * (max(counts) - first - then)]
-            for first, then in zip(self.counts, other.counts, strict=True)
-        ]
-        index = torch.tensor(columns, device=self.position_ids.device)
-        states = torch.cat([self.hidden_states, other.hidden_states.to(self.hidden_states.device)], dim=1)
-        states = states.gather(1, index.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
-        positions = torch.cat([self.position_ids, other.position_ids.to(index.device)], dim=1).gather(1, index)
-        if self.valid is None and other.valid is None:
-            return Context(states, positions, counts)
-        valid = [
-            torch.ones_like(c.position_ids, dtype=torch.bool) if c.valid is None else c.valid for c in (self, other)
-        ]
-        kept = torch.cat([v.to(index.device) for v in valid], dim=1).gather(1, index)
-        present = torch.arange(max(counts), device=index.device) < torch.tensor(counts, device=index.device)[:, None]
-        return Context(states, positions, counts, kept & present)
 
 
 class DraftingKnobs(NamedTuple):
@@ -317,45 +257,4 @@ def without_embed_norm(embedding: nn.Module) -> nn.Module:
     return bare
 
 
-@contextmanager
-def tapped_states(target, layer_ids: list[int]) -> Iterator[list[torch.Tensor]]:
-    """Collect the target's states at some layers while the context is open.
-
-    Hooks see every version of transformers alike and keep nothing but these layers. Only forwards of the calling
-    thread are collected, so several threads can share a target.
-
-    Args:
-        target ([`PreTrainedModel`]):
-            The target.
-        layer_ids (`list[int]`):
-            Zero-based decoder layers; the last layer's state is taken after the final norm, as transformers counts.
-
-    Yields:
-        `list[torch.Tensor]`: Grows by one entry of shape `(batch, length, taps * hidden_size)` per forward.
-    """
-    decoder = target.get_decoder()
-    owner, states, collected = threading.get_ident(), {}, []
-
-    def keep(layer_id: int):
-        def hook(module, args, output):
-            if threading.get_ident() != owner:
-                return
-            states[layer_id] = output[0] if isinstance(output, tuple) else output
-            if len(states) == len(set(layer_ids)):
-                device = states[layer_ids[0]].device
-                collected.append(torch.cat([states[i].to(device) for i in layer_ids], dim=-1))
-                states.clear()
-
-        return hook
-
-    final = len(decoder.layers) - 1
-    modules = {i: decoder.norm if i == final else decoder.layers[i] for i in layer_ids}
-    handles = [module.register_forward_hook(keep(i)) for i, module in modules.items()]
-    try:
-        yield collected
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-__all__ = ["Context", "DraftingKnobs", "TreeFlashCandidateGenerator", "tapped_states"]
+__all__ = ["DraftingKnobs", "TreeFlashCandidateGenerator"]

@@ -11,7 +11,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from .benchmark import RoundRecorder, compare, standard_arms, table_rows
-from .candidate_generator import Context, TreeFlashCandidateGenerator, tapped_states
+from .candidate_generator import TreeFlashCandidateGenerator
+from .context import Context, tapped_states
 from .pairs import load_pair
 from .tree import DraftTree
 

@@ -1,20 +1,22 @@
 """The decoding loop (draft, verify, walk, commit) and its one hook into `generate()`."""
 
+import dataclasses
 import functools
 import time
 
 import torch
-from transformers import Cache, GenerationMixin
+from transformers import GenerationMixin
 
 from .budget import AutoBudget
 from .cache import PrefixCache, check_restorable, recording_past
-from .candidate_generator import Context, TreeFlashCandidateGenerator, tapped_states
+from .candidate_generator import TreeFlashCandidateGenerator
+from .context import Context, count_positions, recall_context, remember_context, tapped_states
 from .logits_process import TreeLogitsProcessor
 from .lookup import PromptLookup
 from .outputs import Recorder
 from .sequences import Sequences
 from .tree import DraftTree, root_only
-from .validation import check_call
+from .validation import check_call, check_mask
 from .verify import Verdict, verify, walk
 
 # What a verify pass sets itself, or only the prompt needs.
@@ -138,6 +140,9 @@ class TreeDecoding:
     def verify(self, tree: DraftTree):
         """Run the target once over the trees; return its output, one row of logits per node."""
         kwargs = {key: value for key, value in self.model_kwargs.items() if key not in PROMPT_KWARGS}
+        # No position that the text cannot reach: some targets know only so many.
+        room = torch.tensor([self.sequences.room(row) for row in self.rows], device=tree.depths.device)
+        tree = dataclasses.replace(tree, depths=tree.depths.minimum(room[:, None] - 1))
         self.taps.clear()  # of what processors ran the target for
         outputs = verify(self.target, tree, self.prefix, self.positions, kwargs)
         self.states = self.taps.pop()
@@ -158,20 +163,9 @@ class TreeDecoding:
         """Keep the accepted paths' keys and values; their states are the drafter's next context."""
         paths = [verdict.path for verdict in verdicts]
         self.prefix.commit(paths, tail=tree.token_ids.shape[1])
-        counts = [len(path) for path in paths]
-        longest, states = max(counts), self.states
-        device = states.device
-        nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
-        steps = torch.arange(longest, device=device)
-        accepted = torch.tensor(counts, device=device)
-        context = Context(
-            states.gather(1, nodes[..., None].expand(-1, -1, states.shape[-1])),
-            self.text_positions.to(device)[:, None] + steps,
-            counts,
-            None if min(counts) == longest else steps < accepted[:, None],
-        )
-        self.unread.append(context)
-        self.positions = self.positions + accepted.to(self.positions.device)
+        self.unread.append(Context.of_paths(self.states, self.text_positions, paths))
+        accepted = torch.tensor([len(path) for path in paths], device=self.positions.device)
+        self.positions = self.positions + accepted
         self.text_positions = self.text_positions + accepted.to(self.text_positions.device)
         self._keep_unfinished(verdicts)
 
@@ -241,28 +235,6 @@ class TreeDecoding:
             self.positions, self.text_positions = self.positions[..., kept], self.text_positions[kept]
 
 
-def count_positions(attention_mask: torch.Tensor | None, length: int, like: torch.Tensor) -> torch.Tensor:
-    """Number the tokens of each row from 0, padding aside; `(batch or 1, length)`."""
-    if attention_mask is None:
-        return torch.arange(length, device=like.device)[None]
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def remember_context(cache: Cache, drafter, prefix: PrefixCache, pending: Context) -> None:
-    """Leave the drafter's cache with the target's, so that a next turn on it drafts with the whole conversation."""
-    cache._treeflash_context = (id(drafter), cache.get_seq_length(), prefix, pending)
-
-
-def recall_context(cache: Cache, drafter) -> tuple[PrefixCache, Context] | None:
-    """Return what an earlier turn left with this cache, if it is this drafter's and the cache was not cut since."""
-    if not hasattr(cache, "_treeflash_context"):
-        return None
-    *state, prefix, pending = cache._treeflash_context
-    # Cut or repeated since, it no longer is the text the drafter has read.
-    intact = state == [id(drafter), cache.get_seq_length()] and cache.layers[0].keys.shape[0] == 1
-    return (prefix, pending) if intact else None
-
-
 def tree_decoding(
     target,
     input_ids,
@@ -283,6 +255,7 @@ def tree_decoding(
     `acceptance_lengths` and `block_efficiency`, see [`TreeFlashGenerateOutput`].
     """
     check_restorable(model_kwargs.get("past_key_values"))
+    check_mask(input_ids, model_kwargs)
     return TreeDecoding(
         target,
         assistant_model,

@@ -405,13 +405,13 @@ def conditional_transitions(token_ids: torch.Tensor, log_probs: torch.Tensor, sh
 
     def by_depth(flat: torch.Tensor) -> torch.Tensor:
         first = flat[:, :1, None].expand(-1, -1, rows, -1)
-        return torch.cat([first, flat[:, 1:].view(batch, links, rows, -1)], dim=1)
+        return torch.cat([first, flat[:, 1:].view(batch, links, rows, flat.shape[-1])], dim=1)
 
     token_ids, log_probs = by_depth(token_ids), by_depth(log_probs)
     if links == 0:
         return Transitions(token_ids, log_probs, torch.full_like(token_ids, -1))
     ordered, order = shortlist.sort(dim=-1)
-    wanted = token_ids[:, :-1].flatten(2)
+    wanted = token_ids[:, :-1].flatten(2).contiguous()
     place = torch.searchsorted(ordered, wanted).clamp_(max=rows - 1)
     found = ordered.gather(-1, place) == wanted
     next_row = torch.where(found, order.gather(-1, place), -1).view_as(token_ids[:, :-1])

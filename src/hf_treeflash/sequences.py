@@ -1,5 +1,7 @@
 """The texts being generated: one row each, growing at its own pace, stopping where plain `generate` stops."""
 
+import sys
+
 import torch
 from transformers import (
     EosTokenCriteria,
@@ -42,6 +44,10 @@ class Sequences:
     def prefix(self, row: int) -> torch.Tensor:
         """Return one row's ids so far, of shape `(1, length)`."""
         return self._ids[row : row + 1, : self.lengths[row]]
+
+    def room(self, row: int) -> int:
+        """Return how many tokens a row may still grow by; very many where there is no limit."""
+        return sys.maxsize if self._max_length is None else self._max_length - self.lengths[row]
 
     def append(self, row: int, token: int, scores: tuple | None) -> bool:
         """Add a token to a row; return whether that ends the row.

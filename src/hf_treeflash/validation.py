@@ -5,9 +5,27 @@ import inspect
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from .candidate_generator import DraftingKnobs
+from .candidate_generator import DraftingKnobs, home_of
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_drafter(drafter) -> None:
+    """Refuse a drafter without weights, or whose config was changed into something it was not built for.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    config = drafter.config
+    config._check_drafter()
+    width = getattr(drafter.fc, "in_features", None)
+    if width is not None and width != len(config.target_layer_ids) * config.hidden_size:
+        raise ValueError(
+            f"The drafter's config names {len(config.target_layer_ids)} target layers (`target_layer_ids`), but its "
+            f"weights were built for {width // config.hidden_size}."
+        )
+    if home_of(drafter.fc).type == "meta":
+        raise ValueError("The drafter has no weights: it is on the meta device. Load it with `from_pretrained`.")
 
 
 def check_pair(target, drafter) -> None:
@@ -49,15 +67,32 @@ def check_target(target) -> None:
     odd = [kind for kind in getattr(config, "layer_types", None) or () if kind not in SUPPORTED_LAYERS]
     if odd:
         raise ValueError(
-            f"{type(target).__name__} has {odd[0]!r} layers, whose state cannot be restored after rejected tokens. "
+            f"{type(target).__name__} has {odd[0]!r} layers, which cannot take the rejected tokens of a tree back. "
             "Targets whose layers all use full or sliding-window attention work."
         )
     if getattr(config, "attention_chunk_size", None) is not None:
         raise ValueError(f"{type(target).__name__} uses chunked attention, which a tree does not fit into.")
+    if not hasattr(target.get_decoder(), "layers"):
+        raise ValueError(f"{type(target).__name__} does not keep its decoder layers in `layers`, where drafters read.")
+    if home_of(target.get_input_embeddings()).type == "meta":
+        raise ValueError("The target has no weights: it is on the meta device. Load it with `from_pretrained`.")
     if "position_ids" not in inspect.signature(target.forward).parameters:
         raise ValueError(
             f"{type(target).__name__} takes no `position_ids`, which the nodes of a tree need: siblings share one."
         )
+
+
+def check_mask(input_ids, model_kwargs: dict) -> None:
+    """Refuse an attention mask that does not cover the prompt column by column, cached columns included.
+
+    Raises:
+        ValueError: With both lengths.
+    """
+    mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+    length = (input_ids if embeds is None else embeds).shape[1]
+    cached = model_kwargs["past_key_values"].get_seq_length()
+    if mask is not None and mask.shape[1] not in (length, cached + length):
+        raise ValueError(f"`attention_mask` has {mask.shape[1]} columns, but the prompt has {cached + length}.")
 
 
 def check_call(target, drafter, generation_mode, generation_config: GenerationConfig, mode_kwargs: dict) -> None:
@@ -91,9 +126,10 @@ def check_call(target, drafter, generation_mode, generation_config: GenerationCo
     if generation_config.use_cache is False:
         raise ValueError("TreeFlash drafting needs the target's cache; call `generate` with `use_cache=True`.")
     check_target(target)
+    check_drafter(drafter)
     check_pair(target, drafter)
     if mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A TreeFlash drafter shares the target's vocabulary; leave out `assistant_tokenizer`.")
 
 
-__all__ = ["check_call"]
+__all__ = ["check_call", "check_mask"]

@@ -79,10 +79,12 @@ def verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch
 
 
 def _verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
-    masks = {
-        kind: additive_mask(prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window), target.dtype)
-        for kind, window in attention_windows(target.config.get_text_config(decoder=True)).items()
-    }
+    config = target.config.get_text_config(decoder=True)
+    masks = {}
+    for kind, window in attention_windows(config).items():
+        layer = prefix.cache.layers[0 if kind is None else config.layer_types.index(kind)]
+        visible = prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window, stored=layer.keys.shape[-2])
+        masks[kind] = additive_mask(visible, target.dtype)
     inputs = target.prepare_inputs_for_generation(
         tree.token_ids,
         past_key_values=prefix.cache,

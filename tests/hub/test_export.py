@@ -26,6 +26,7 @@ CUSTOM_GENERATE = [
         "cache",
         "candidate_generator",
         "configuration_treeflash",
+        "context",
         "generate",
         "generation",
         "logits_process",
