@@ -40,7 +40,8 @@ $(VENV)-oldest/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(VENV)-oldest/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
-	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > $(VENV)-oldest/constraints.txt
+	sed 's/^transformers==.*/transformers==5.17.0/; /^tokenizers==/d; /^huggingface_hub==/d' constraints.txt \
+		> $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
 		--editable ".[$(EXTRAS)]" --group dev
 	touch $@

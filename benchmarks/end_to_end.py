@@ -15,6 +15,10 @@ from hf_treeflash.benchmark import Arm, compare, text_table, tree_arm
 from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair, with_knobs, without_head
 
 
+def budget(value: str) -> int | str:
+    return value if value == "auto" else int(value)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
@@ -22,8 +26,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, type=Path, help='JSON list of {"prompt": ...}')
     parser.add_argument("--limit", type=int, help="prompts to use, all by default")
     parser.add_argument("--task", help="name of the prompts; the file's by default")
-    parser.add_argument("--tree-budgets", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--tree-budgets", type=budget, nargs="+", default=[16, 32, 64], help="numbers, or auto")
     parser.add_argument("--num-candidates", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--prompt-lookup", type=int, help="add every tree once more with this many looked-up tokens")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
@@ -35,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def arms(drafter, tree_budgets: list[int], num_candidates: list[int]) -> list[Arm]:
+def arms(drafter, tree_budgets: list, num_candidates: list[int], prompt_lookup: int | None = None) -> list[Arm]:
     """Return plain decoding, the chain, a marginal tree per budget, a TreeFlash tree per budget and candidates."""
     marginal = without_head(drafter)
     listed = [Arm("plain"), Arm("chain", drafter, {"speculation_type": "dflash"})]
@@ -45,6 +50,9 @@ def arms(drafter, tree_budgets: list[int], num_candidates: list[int]) -> list[Ar
         for budget in tree_budgets:
             for candidates in num_candidates:
                 listed.append(tree_arm(drafter, tree_budget=budget, num_candidates=candidates))
+    if prompt_lookup is not None:
+        options = {"prompt_lookup_num_tokens": prompt_lookup}
+        listed += [Arm(f"{arm.name} + lookup", arm.drafter, options) for arm in listed if "tree" in arm.name.lower()]
     return listed
 
 
@@ -59,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         result = compare(
             target,
-            arms(drafter, args.tree_budgets, args.num_candidates),
+            arms(drafter, args.tree_budgets, args.num_candidates, args.prompt_lookup),
             prompts,
             task=args.task or args.prompts.stem,
             max_new_tokens=args.max_new_tokens,
