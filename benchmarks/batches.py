@@ -87,10 +87,11 @@ def main(argv: list[str] | None = None) -> None:
         rows = measure(target, drafters, batch, args.max_new_tokens, args.repeats)
         record["results"].append({"batch": size, "arms": rows})
         for row in rows:
-            spread = f"({row['speedup_least']:.2f} to {row['speedup_greatest']:.2f})"
+            speedup = f"{row['speedup']:.2f} x ({row['speedup_least']:.2f} to {row['speedup_greatest']:.2f})"
+            identical = "yes" if row["identical"] else "no"
             print(
-                f"batch {size}  {row['arm']:6}  {row['tokens_per_second']:7.1f} tokens/s  {row['speedup']:.2f} x {spread}"
-                f"  identical: {'yes' if row['identical'] else 'no'}",
+                f"batch {size}  {row['arm']:6}  {row['tokens_per_second']:7.1f} tokens/s  {speedup}"
+                f"  identical: {identical}",
                 flush=True,
             )
     if args.json:
