@@ -16,7 +16,7 @@ from .lookup import PromptLookup
 from .outputs import Recorder
 from .sequences import Sequences
 from .tree import DraftTree, root_only
-from .validation import check_call, check_mask
+from .validation import check_call, check_prompt
 from .verify import Verdict, verify, walk
 
 # What a verify pass sets itself, or only the prompt needs.
@@ -255,7 +255,7 @@ def tree_decoding(
     `acceptance_lengths` and `block_efficiency`, see [`TreeFlashGenerateOutput`].
     """
     check_restorable(model_kwargs.get("past_key_values"))
-    check_mask(input_ids, model_kwargs)
+    check_prompt(input_ids, generation_config, model_kwargs)
     return TreeDecoding(
         target,
         assistant_model,

@@ -82,8 +82,8 @@ def check_target(target) -> None:
         )
 
 
-def check_mask(input_ids, model_kwargs: dict) -> None:
-    """Refuse an attention mask that does not cover the prompt column by column, cached columns included.
+def check_prompt(input_ids, generation_config: GenerationConfig, model_kwargs: dict) -> None:
+    """Refuse an attention mask that does not cover the prompt column by column, and a cache that leaves nothing of it.
 
     Raises:
         ValueError: With both lengths.
@@ -91,8 +91,17 @@ def check_mask(input_ids, model_kwargs: dict) -> None:
     mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
     length = (input_ids if embeds is None else embeds).shape[1]
     cached = model_kwargs["past_key_values"].get_seq_length()
+    if length == 0:
+        raise ValueError("The prompt is empty; pass at least one token.")
     if mask is not None and mask.shape[1] not in (length, cached + length):
         raise ValueError(f"`attention_mask` has {mask.shape[1]} columns, but the prompt has {cached + length}.")
+    # `generate` drops a mask without padding, and notes its length.
+    columns = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+    if columns == length <= cached:
+        raise ValueError(
+            f"The cache already holds {cached} columns and the prompt has {length}, so there is no token left to run; "
+            "pass the whole text, new tokens included, or crop the cache."
+        )
 
 
 def check_call(target, drafter, generation_mode, generation_config: GenerationConfig, mode_kwargs: dict) -> None:
@@ -132,4 +141,4 @@ def check_call(target, drafter, generation_mode, generation_config: GenerationCo
         raise ValueError("A TreeFlash drafter shares the target's vocabulary; leave out `assistant_tokenizer`.")
 
 
-__all__ = ["check_call", "check_mask"]
+__all__ = ["check_call", "check_prompt"]
