@@ -1,0 +1,146 @@
+"""Train a drafter for any target: a backbone from scratch, the AR head of a DFlash drafter, or both.
+
+The responses are the target's own: prompts are read from chats or text, and the target answers them first.
+
+    python examples/train_drafter.py --target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 \\
+        --chats HuggingFaceH4/CodeAlpaca_20K --no_enable_thinking --output_dir build/head --bf16
+
+Every option of `TrainingArguments` works too. Launch with `accelerate launch` for several processes.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from hf_treeflash import TreeFlashConfig, TreeFlashDraftModel
+from hf_treeflash.training import (
+    TreeFlashTrainer,
+    TreeFlashTrainingArguments,
+    chat_prompts,
+    measure_block_efficiency,
+    regenerate,
+    text_prompts,
+)
+from hf_treeflash.training.data import Prompt
+
+
+@dataclass
+class DataArguments:
+    """What to train for, and on what."""
+
+    target: str = field(metadata={"help": "folder or Hub id of the target"})
+    drafter: str | None = field(default=None, metadata={"help": "drafter to start from; a fresh one without"})
+    chats: str | None = field(default=None, metadata={"help": "JSONL file of chats, or a data set of `datasets`"})
+    text: list[str] | None = field(default=None, metadata={"help": "plain text files, instead of chats"})
+    enable_thinking: bool = field(default=False, metadata={"help": "the chat template's thinking mode"})
+    prompts: int = field(default=5000, metadata={"help": "prompts at most"})
+    prompt_length: int = field(default=64, metadata={"help": "tokens per prompt, for text"})
+    eval_prompts: int = field(default=16, metadata={"help": "held-out prompts to measure block efficiency with"})
+    max_new_tokens: int = field(default=512, metadata={"help": "tokens per response"})
+    do_sample: bool = field(default=False, metadata={"help": "sample the responses as the target's config says"})
+    generate_batch_size: int = field(default=16, metadata={"help": "prompts the target answers at a time"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "report and skip bad rows instead of refusing"})
+    layers: int = field(default=5, metadata={"help": "layers of a fresh drafter"})
+    block_size: int = field(default=16, metadata={"help": "slots of a fresh drafter"})
+    mask_token_id: int | None = field(default=None, metadata={"help": "mask token of a fresh drafter"})
+    tree_budget: int = field(default=32, metadata={"help": "nodes per verify pass in the comparison at the end"})
+
+
+def load_prompts(tokenizer, data: DataArguments) -> list[Prompt]:
+    """Read prompts and shuffle them."""
+    on_bad_row = "skip" if data.skip_bad_rows else "refuse"
+    if data.text:
+        stride = 4 * data.prompt_length
+        prompts = text_prompts(tokenizer, data.text, length=data.prompt_length, stride=stride, on_bad_row=on_bad_row)
+    elif data.chats:
+        prompts = chat_prompts(tokenizer, data.chats, enable_thinking=data.enable_thinking, on_bad_row=on_bad_row)
+    else:
+        raise ValueError("Name the data: `--chats` or `--text`.")
+    random.Random(0).shuffle(prompts)
+    return prompts[: data.prompts + data.eval_prompts]
+
+
+def load_drafter(target, data: DataArguments, stage: str) -> TreeFlashDraftModel:
+    """Load a drafter of any layout, with a fresh head where it has none, or build one in the target's shape."""
+    head = {} if stage == "backbone" else {"ar_head": "swiglu"}
+    if data.drafter is not None:
+        return TreeFlashDraftModel.from_pretrained(data.drafter, dtype=target.dtype, **head)
+    if data.mask_token_id is None:
+        raise ValueError("A fresh drafter needs `--mask_token_id`: a token of the vocabulary that text never holds.")
+    config = target.config.get_text_config(decoder=True)
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    shape += ("head_dim", "rms_norm_eps", "max_position_embeddings", "rope_parameters")
+    return TreeFlashDraftModel(
+        TreeFlashConfig(
+            **{name: getattr(config, name) for name in shape},
+            **head,
+            num_hidden_layers=data.layers,
+            num_target_layers=config.num_hidden_layers,
+            block_size=data.block_size,
+            mask_token_id=data.mask_token_id,
+        )
+    ).to(target.dtype)
+
+
+def prepare(target, tokenizer, data: DataArguments, output_dir: str) -> tuple[list[dict], list[dict], list[list[int]]]:
+    """Return training samples, evaluation samples, and held-out prompts."""
+    prompts = load_prompts(tokenizer, data)
+    samples = regenerate(
+        target,
+        tokenizer,
+        prompts,
+        Path(output_dir, "responses.jsonl"),
+        batch_size=data.generate_batch_size,
+        provenance_extra={"enable_thinking": data.enable_thinking, "data": data.chats or data.text},
+        max_new_tokens=data.max_new_tokens,
+        do_sample=data.do_sample,
+    )
+    held_out = [prompt.input_ids for prompt in prompts[: data.eval_prompts]]
+    return samples[data.eval_prompts :], samples[: data.eval_prompts], held_out
+
+
+def block_efficiency(target, drafter, prompts: Sequence[Sequence[int]], tree_budget: int, new_tokens: int) -> float:
+    """Return the block efficiency of a drafter at a tree budget."""
+    knobs = drafter.generation_config
+    before, knobs.tree_budget = knobs.tree_budget, tree_budget
+    emitted, passes = measure_block_efficiency(target, drafter.eval(), prompts, max_new_tokens=new_tokens)
+    knobs.tree_budget = before
+    return emitted / passes
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train, and return the block efficiency before and after."""
+    data, args = HfArgumentParser((DataArguments, TreeFlashTrainingArguments)).parse_args_into_dataclasses(argv)
+    tokenizer = AutoTokenizer.from_pretrained(data.target)
+    target = AutoModelForCausalLM.from_pretrained(data.target, dtype="auto" if args.bf16 else torch.float32)
+    target.to(args.device)
+    samples, eval_samples, held_out = prepare(target, tokenizer, data, args.output_dir)
+    drafter = load_drafter(target, data, args.stage).to(args.device)
+    new_tokens = args.eval_max_new_tokens
+    before = block_efficiency(target, drafter, held_out, data.tree_budget, new_tokens) if data.drafter else 1.0
+    trainer = TreeFlashTrainer(
+        drafter,
+        args,
+        target=target,
+        train_dataset=samples,
+        eval_dataset=eval_samples,
+        eval_prompts=held_out,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        after = block_efficiency(target, drafter, held_out, data.tree_budget, new_tokens)
+    print(
+        f"block efficiency at tree budget {data.tree_budget}, {len(held_out)} held-out prompts: "
+        f"{before:.3f} before, {after:.3f} after"
+    )
+    return {"before": before, "after": after}
+
+
+if __name__ == "__main__":
+    main()

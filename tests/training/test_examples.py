@@ -1,0 +1,91 @@
+"""The training examples, on a tiny pair."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from hf_treeflash import TreeFlashDraftModel
+
+from .conftest import make_drafter, make_target
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    loaded = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - loaded:
+        if name.startswith("train_") or name == "finetune_lora":
+            del sys.modules[name]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Arguments that name a tiny target with a tokenizer, a drafter and a text."""
+    words = {"<end>": 0, "<mask>": 1, **{f"w{i}": i for i in range(2, 64)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    make_target().save_pretrained(tmp_path / "target")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(
+        tmp_path / "target"
+    )
+    make_drafter(trained=True).save_pretrained(tmp_path / "drafter")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{2 + i * 7 % 62}" for i in range(400)))
+    options = {"target": "target", "drafter": "drafter", "text": "text.txt", "output_dir": "out"}
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(tmp_path / value))]
+    numbers = {"prompt_length": 8, "eval_prompts": 2, "max_new_tokens": 12, "eval_max_new_tokens": 6, "max_steps": 2}
+    numbers |= {"num_anchors": 3, "tree_budget": 8, "per_device_train_batch_size": 2}
+    arguments += [part for key, value in numbers.items() for part in (f"--{key}", str(value))]
+    return [*arguments, "--report_to", "none", "--use_cpu"]
+
+
+@pytest.mark.parametrize("stage", ["head", "backbone"])
+def test_train_drafter(example, pair, tmp_path, stage, capsys):
+    if stage == "backbone":  # from scratch
+        at = pair.index("--drafter")
+        pair = [*pair[:at], *pair[at + 2 :], "--mask_token_id", "1", "--layers", "2", "--block_size", "4"]
+    figures = example("train_drafter").main([*pair, "--stage", stage])
+    assert figures["before"] >= 1.0 and figures["after"] >= 1.0
+    assert "block efficiency at tree budget 8, 2 held-out prompts" in capsys.readouterr().out
+    trained = TreeFlashDraftModel.from_pretrained(tmp_path / "out")
+    assert (trained.ar_head is None) == (stage == "backbone")
+    assert (tmp_path / "out" / "responses.jsonl.provenance.json").exists()
+
+
+def test_finetune_lora(example, pair, tmp_path):
+    figures = example("finetune_lora").main([*pair, "--rank", "4", "--base_id", str(tmp_path / "drafter")])
+    assert figures["before"] >= 1.0
+    assert type(AutoModel.from_pretrained(tmp_path / "out")) is TreeFlashDraftModel
+
+
+def test_train_tiny_pair(example, tmp_path, monkeypatch, capsys):
+    target, pair = example("train_tiny_target"), example("train_tiny_pair")
+    training, held_out = target.standard_library()
+    assert not set(training) & set(held_out) and len(training) > 10 * len(held_out) > 0
+    for module in (target, pair):
+        monkeypatch.setattr(module, "standard_library", lambda: (training[:12], held_out[:3]))
+    monkeypatch.setattr(pair, "KNOBS", [(8, 4)])
+    numbers = {"vocab-size": 300, "target-steps": 2, "batch-tokens": 512, "unlikelihood-steps": 1, "greedy": 2}
+    numbers |= {"sampled": 1, "text": 4, "new-tokens": 4, "shared-steps": 2, "last-steps": 1, "batch-size": 2}
+    numbers |= {"anchors": 2, "eval-prompts": 1, "eval-tokens": 3}
+    arguments = [part for key, value in numbers.items() for part in (f"--{key}", str(value))]
+    arguments += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "tiny")]
+    record = pair.main(arguments)
+    assert set(record["stages"]) == {"shared", "marginal", "treeflash"}
+    assert record["held_out"]["knobs"][0]["identical"]
+    loaded = AutoModel.from_pretrained(tmp_path / "tiny" / "drafter")
+    assert loaded.ar_head is not None and loaded.generation_config.num_candidates == 4
+    assert {file.name for file in (tmp_path / "tiny").iterdir()} == {
+        "target", "drafter", "training_record.json", "prompts.json"
+    }  # fmt: skip
+    assert pair.main(arguments)["stages"] == record["stages"]  # everything is resumed from disk
+
+
+def test_repetition_is_counted_by_4_grams(example):
+    target = example("train_tiny_target")
+    assert target.ends_repeated_gram([1, 2, 3, 4, 1, 2, 3, 4, 5]) == [False] * 7 + [True, False]
+    assert target.distinct_fraction([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2]]) == 2 / 5

@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from hf_treeflash.training.masks import attention_masks, block_mask_rule, dense_mask, flex_mask
+
+from .conftest import make_drafter
+
+ANCHORS = torch.tensor([[1, 3, 3, 8], [2, 5, 9, 10]])
+# Two packed documents and padding in row 0, one document in row 1.
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1], [0] * 12])
+BLOCK = 4
+
+
+def oracle(row: int, query: int, key: int, window: int | None) -> bool:
+    length = DOCUMENTS.shape[1]
+    anchor, slot = int(ANCHORS[row, query // BLOCK]), query % BLOCK
+    if key < length:
+        seen = key < anchor and bool(DOCUMENTS[row, key] == DOCUMENTS[row, anchor])
+        return seen and (window is None or anchor + slot - key <= window)
+    block, key_slot = divmod(key - length, BLOCK)
+    return block == query // BLOCK and (window is None or abs(slot - key_slot) <= window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_every_element_follows_the_rule(window):
+    queries, keys = ANCHORS.shape[1] * BLOCK, DOCUMENTS.shape[1] + ANCHORS.shape[1] * BLOCK
+    mask = dense_mask(block_mask_rule(ANCHORS, DOCUMENTS, BLOCK, window), 2, queries, keys, "cpu")
+    expected = [[[[oracle(b, q, k, window) for k in range(keys)] for q in range(queries)]] for b in range(2)]
+    assert torch.equal(mask, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_flex_and_dense_materialise_the_same_rule(window):
+    anchors = torch.tensor([[3, 40, 200, 297]]).repeat(1, 20)
+    documents = torch.zeros(1, 300, dtype=torch.long)
+    rule = block_mask_rule(anchors, documents, BLOCK, window)
+    size = (1, anchors.shape[1] * BLOCK, 300 + anchors.shape[1] * BLOCK)
+    dense = dense_mask(rule, *size, "cpu")
+    assert torch.equal(create_mask(rule, size[0], None, *size[1:], device="cpu"), dense)
+    blocks = flex_mask(rule, *size, "cpu")
+    rows, columns = size[1] // 128 + 1, size[2] // 128 + 1
+    padded = torch.zeros(rows * 128, columns * 128, dtype=torch.bool)
+    padded[: size[1], : size[2]] = dense[0, 0]
+    seen = padded.view(rows, 128, columns, 128).any(3).any(1)
+    assert torch.equal(blocks.to_dense()[0, 0].bool(), seen[: -(-size[1] // 128), : -(-size[2] // 128)])
+
+
+def test_each_kind_of_layer_gets_its_mask():
+    drafter = make_drafter(layer_types=["sliding_attention", "full_attention"], sliding_window=3)
+    masks = attention_masks(drafter, ANCHORS, DOCUMENTS)
+    assert masks["sliding_attention"].sum() < masks["full_attention"].sum()
+    drafter.set_attn_implementation("eager")
+    additive = attention_masks(drafter, ANCHORS, DOCUMENTS)["full_attention"]
+    assert torch.equal(additive == 0, masks["full_attention"])
+    drafter.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="takes no masks"):
+        attention_masks(drafter, ANCHORS, DOCUMENTS)
