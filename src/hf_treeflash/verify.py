@@ -79,16 +79,10 @@ def verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch
 
 
 def _verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
-    config = target.config.get_text_config(decoder=True)
-    masks = {}
-    for kind, window in attention_windows(config).items():
-        layer = prefix.cache.layers[0 if kind is None else config.layer_types.index(kind)]
-        visible = prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window, stored=layer.keys.shape[-2])
-        masks[kind] = additive_mask(visible, target.dtype)
     inputs = target.prepare_inputs_for_generation(
         tree.token_ids,
         past_key_values=prefix.cache,
-        attention_mask=masks[None] if None in masks else masks,
+        attention_mask=tree_masks(target, tree, prefix),
         position_ids=anchor_positions[..., None] + tree.depths,
         is_first_iteration=False,
         **model_kwargs,
@@ -96,6 +90,19 @@ def _verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torc
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = tree.token_ids.shape[1]
     return target(**inputs, return_dict=True)
+
+
+def tree_masks(target, tree: DraftTree, prefix: PrefixCache):
+    """Return the masks of a pass as the target takes them: one, one per kind of layer, or none for a bare root."""
+    config = target.config.get_text_config(decoder=True)
+    windows, masks = attention_windows(config), {}
+    if tree.token_ids.shape[1] == 1 and prefix.valid is None and not any(windows.values()):
+        return None
+    for kind, window in windows.items():
+        layer = prefix.cache.layers[0 if kind is None else config.layer_types.index(kind)]
+        visible = prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window, stored=layer.keys.shape[-2])
+        masks[kind] = additive_mask(visible, target.dtype)
+    return masks[None] if None in masks else masks
 
 
 def attention_windows(config) -> dict[str | None, int | None]:

@@ -32,7 +32,7 @@ class TreeFlashTrainingArguments(TrainingArguments):
             Distance of the fixed anchors in evaluation, in tokens.
         max_length (`int`, *optional*, defaults to 3072):
             Longer samples are cut, in tokens.
-        loss_chunk_rows (`int`, *optional*, defaults to 1024):
+        loss_chunk_rows (`int`, *optional*, defaults to 256):
             Slots whose logits are held at once.
         eval_max_new_tokens (`int`, *optional*, defaults to 128):
             Tokens generated per held-out prompt to measure block efficiency, greedily.
@@ -48,7 +48,7 @@ class TreeFlashTrainingArguments(TrainingArguments):
     num_anchors: int = field(default=128, metadata={"help": "blocks per sequence and step"})
     eval_anchor_stride: int = field(default=16, metadata={"help": "distance of evaluation anchors, in tokens"})
     max_length: int = field(default=3072, metadata={"help": "longest sample, in tokens"})
-    loss_chunk_rows: int = field(default=1024, metadata={"help": "slots whose logits are held at once"})
+    loss_chunk_rows: int = field(default=256, metadata={"help": "slots whose logits are held at once"})
     eval_max_new_tokens: int = field(default=128, metadata={"help": "tokens per prompt for block efficiency"})
     shard_target: bool = field(default=False, metadata={"help": "shard the target's layers over the processes"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "keep it off: the collator reads them"})
