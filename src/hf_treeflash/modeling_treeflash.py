@@ -145,24 +145,35 @@ class ARHead(nn.Module):
         # `post_init` overwrites values set here, so the leaf carries a mark for `_init_weights` instead.
         setattr(self.down_proj, "_zero_init", True)
 
-    def forward(self, previous_embeds: torch.Tensor, normed_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, previous_embeds: torch.Tensor, normed_states: torch.Tensor, slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the term to add to the un-normed states.
 
         Args:
-            previous_embeds (`torch.Tensor` of shape `(..., rows, hidden_size)`):
+            previous_embeds (`torch.Tensor` of shape `(batch, rows, hidden_size)`):
                 Target embeddings of the previous tokens.
-            normed_states (`torch.Tensor` of shape `(..., rows or 1, hidden_size)`):
-                Normed backbone states of the slots; one row serves all previous tokens of its slot.
+            normed_states (`torch.Tensor` of shape `(batch, slots, hidden_size)`):
+                Normed backbone states of the slots.
+            slots (`torch.LongTensor` of shape `(rows,)`, *optional*):
+                The slot of each row; by default row `i` belongs to slot `i`.
         """
-        up, gate = self._up_gate(self.norm(previous_embeds), normed_states).chunk(2, dim=-1)
+        up, gate = self._up_gate(self.norm(previous_embeds), normed_states, slots).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
-    def _up_gate(self, previous: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def _up_gate(self, previous: torch.Tensor, states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
         if type(self.up_gate_proj) is not nn.Linear:  # adapted or quantised: only the module knows its weight
-            return self.up_gate_proj(torch.cat([previous, states.expand_as(previous)], dim=-1))
+            return self.up_gate_proj(torch.cat([previous, by_slot(states, slots)], dim=-1))
         # The state's half of the product is the same for every previous token of a slot: compute it once.
         previous_weight, state_weight = self.up_gate_proj.weight.chunk(2, dim=1)
-        return F.linear(previous, previous_weight) + F.linear(states, state_weight, self.up_gate_proj.bias)
+        return F.linear(previous, previous_weight) + by_slot(
+            F.linear(states, state_weight, self.up_gate_proj.bias), slots
+        )
+
+
+def by_slot(states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+    """Repeat each slot's states for its rows."""
+    return states if slots is None else states[:, slots]
 
 
 class TreeFlashPreTrainedModel(PreTrainedModel):
@@ -274,11 +285,11 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             )
         return hidden_states
 
-    def correct(self, hidden_states, normed, previous_embeds) -> torch.Tensor:
-        """Return the normed states corrected for the previous tokens: `norm(h + ar_head(previous, norm(h)))`."""
+    def correct(self, hidden_states, normed, previous_embeds, slots=None) -> torch.Tensor:
+        """Return `norm(h + ar_head(previous, norm(h)))` for every row; arguments as in [`ARHead`]."""
         if self.ar_head is None:
             raise ValueError("This drafter has no AR head; set `config.ar_head='swiglu'` to give it one.")
-        return self.norm(hidden_states + self.ar_head(previous_embeds, normed))
+        return self.norm(by_slot(hidden_states, slots) + self.ar_head(previous_embeds, normed, slots))
 
     def _layer_masks(self, attention_mask, noise_embeds, past_key_values) -> dict:
         if isinstance(attention_mask, dict):
@@ -345,10 +356,12 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
         # The last slot precedes nothing, so it needs no shortlist.
         shortlist = lm_head(normed[:, :-1]).topk(min(num_candidates, self.config.vocab_size), dim=-1).indices
-        first = self.correct(hidden[:, :1, None], normed[:, :1, None], noise_embeds[:, :1, None])
-        rest = self.correct(hidden[:, 1:, None], normed[:, 1:, None], embed(shortlist))
-        rows = torch.cat([first.flatten(1, 2), rest.flatten(1, 2)], dim=1)
-        token_ids, log_probs = top_log_probs(lm_head(rows), branching, temperature)
+        # One row for the anchor, then one per candidate of each further slot.
+        previous = torch.cat([noise_embeds[:, :1], embed(shortlist).flatten(1, 2)], dim=1)
+        following = torch.arange(1, hidden.shape[1], device=hidden.device).repeat_interleave(shortlist.shape[-1])
+        slots = nn.functional.pad(following, (1, 0))
+        corrected = self.correct(hidden, normed, previous, slots)
+        token_ids, log_probs = top_log_probs(lm_head(corrected), branching, temperature)
         return conditional_transitions(token_ids, log_probs, shortlist)
 
     @classmethod
