@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TINY := src/hf_treeflash/tiny
+PAIR := --target $(TINY)/target --drafter $(TINY)/drafter --prompts $(TINY)/prompts.json
 EXTRAS := cli,plot,train,kernels
 export HF_HUB_OFFLINE := 1
 
@@ -22,8 +24,9 @@ check: $(VENV)/installed  ## Lint, format, types
 	$(BIN)/mypy
 
 bench: $(VENV)/installed  ## Speed on the embedded pair: arms, budgets, and where a round's time goes
-	$(BIN)/python benchmarks/end_to_end.py
-	$(BIN)/python benchmarks/stages.py
+	$(BIN)/python benchmarks/end_to_end.py $(PAIR) --limit 4 --tree-budgets 16 64 auto
+	$(BIN)/python benchmarks/batches.py $(PAIR)
+	$(BIN)/python benchmarks/stages.py $(PAIR)
 
 tiny: $(VENV)/installed  ## Train the embedded pair again (under an hour on two cores)
 	$(BIN)/python examples/train_tiny_pair.py

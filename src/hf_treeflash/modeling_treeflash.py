@@ -59,8 +59,8 @@ class TreeFlashOutput(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, block_size, hidden_size)`):
             Normed states; the target's output layer turns them into the marginal distributions.
-        corrected_hidden_state (`torch.FloatTensor` of shape `(batch, block_size - 1, hidden_size)`, *optional*):
-            Normed states of slots 1 onwards, corrected for the previous tokens that were passed in.
+        corrected_hidden_state (`torch.FloatTensor` of shape `(batch, block_size, hidden_size)`, *optional*):
+            Normed states corrected for the previous tokens that were passed in.
     """
 
     corrected_hidden_state: torch.Tensor | None = None
