@@ -210,7 +210,10 @@ def sampling_cases(data):
     settings = {"do_sample": True, "top_k": 0, **data.draw(stops(inputs["input_ids"].shape[1])), **SAMPLERS[chosen]}
     settings |= data.draw(processors(ends=settings["eos_token_id"] is not None))
     torch.manual_seed(seed)
-    plain, state = target.generate(**inputs, **settings), torch.get_rng_state()
+    try:
+        plain, state = target.generate(**inputs, **settings), torch.get_rng_state()
+    except (RuntimeError, ValueError):  # older processors turn some combinations into NaN: there is nothing to equal
+        hypothesis.reject()
     torch.manual_seed(seed)
     assert torch.equal(plain, target.generate(**inputs, **drafting, **settings))
     assert torch.equal(state, torch.get_rng_state())
