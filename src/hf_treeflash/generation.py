@@ -154,7 +154,8 @@ class TreeDecoding:
         for index, (row, verdict) in enumerate(zip(self.rows, verdicts, strict=True)):
             self.acceptance_lengths[row].append(len(verdict.path))
             self.recorder.path(row, index, verdict.path, outputs, self.prefix)
-            self.generator.update_candidate_strategy(self.input_ids, outputs.logits, len(verdict.path) - 1)
+            if tree.token_ids.shape[1] > 1:  # a round without a draft says nothing of the drafter
+                self.generator.update_candidate_strategy(self.input_ids, outputs.logits, len(verdict.path) - 1)
             if self.lookup is not None:
                 self.lookup.observe(row, verdict.token_ids)
         return verdicts
