@@ -28,7 +28,7 @@ bench: $(VENV)/installed  ## Speed on the embedded pair: arms, budgets, and wher
 	$(BIN)/python benchmarks/batches.py $(PAIR)
 	$(BIN)/python benchmarks/stages.py $(PAIR)
 
-tiny: $(VENV)/installed  ## Train the embedded pair again (under an hour on two cores)
+tiny: $(VENV)/installed  ## Train the embedded pair again
 	$(BIN)/python examples/train_tiny_pair.py
 
 # torch comes first and alone: a range would take the newest build with its CUDA packages.
