@@ -36,8 +36,8 @@ from hf_treeflash.training.responses import left_padded
 
 BUDGETS = (16, 64)
 # Below 1, since a greedy target takes its likeliest token more often than its distribution says.
-TEMPERATURES = (1.0, 0.5, 0.35)
-KNOBS = [(12, 4), (16, 4), (24, 4), (24, 8)]  # tree budget, candidates
+TEMPERATURES = (1.0, 0.6, 0.4)
+KNOBS = [(8, 4), (12, 4), (16, 4), (24, 4), (24, 8), (32, 8)]  # tree budget, candidates
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -105,13 +105,13 @@ def new_drafter(target) -> TreeFlashDraftModel:
         hidden_size=target.config.hidden_size,
         intermediate_size=768,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        num_attention_heads=target.config.num_attention_heads,
+        num_key_value_heads=target.config.num_key_value_heads,
+        head_dim=target.config.head_dim,
         max_position_embeddings=target.config.max_position_embeddings,
         rope_parameters=target.config.rope_parameters,
         num_target_layers=target.config.num_hidden_layers,
-        target_layer_ids=[1, 4, 7, 9],
+        target_layer_ids=[1, 7, 13, 19],
         block_size=12,
         mask_token_id=1,
         ar_head="swiglu",
@@ -157,15 +157,14 @@ def train_stage(name: str, drafter, target, samples, steps: int, schedule: str, 
     return record
 
 
-def tau(target, drafter, prompts, new_tokens: int, budget: int) -> dict[str, float]:
-    """Return the greedy block efficiency at a tree budget, by draft temperature."""
-    knobs, by_temperature = drafter.generation_config, {}
+def tau(target, drafter, prompts, new_tokens: int, budget: int, temperature: float) -> float:
+    """Return the greedy block efficiency at a tree budget and draft temperature."""
+    knobs = drafter.generation_config
     knobs.tree_budget, knobs.num_candidates, knobs.branching = budget, 16, 16
-    for knobs.draft_temperature in TEMPERATURES:
-        options = {"max_new_tokens": new_tokens, "batch_size": 32, "eos_token_id": None}
-        emitted, passes = measure_block_efficiency(target, drafter, prompts, **options)
-        by_temperature[str(knobs.draft_temperature)] = round(emitted / passes, 4)
-    return by_temperature
+    knobs.draft_temperature = temperature
+    options = {"max_new_tokens": new_tokens, "batch_size": 32, "eos_token_id": None}
+    emitted, passes = measure_block_efficiency(target, drafter, prompts, **options)
+    return round(emitted / passes, 4)
 
 
 def greedy_texts(target, prompts, new_tokens: int, **kwargs) -> tuple[list[list[int]], float]:
@@ -197,21 +196,27 @@ def choose_knobs(target, drafter, prompts, new_tokens: int) -> list[dict]:
     return trials
 
 
-def evaluate(target, pair: dict[str, TreeFlashDraftModel], prompts: list[Prompt], args) -> dict:
-    """Return block efficiencies at each budget, what the knobs cost, and how repetitive the target's text is."""
-    ids = [prompt.input_ids for prompt in prompts]
-    figures: dict = {
-        name: {f"B{budget}": tau(target, drafter, ids, args.eval_tokens, budget) for budget in BUDGETS}
-        for name, drafter in pair.items()
-    }
-    # Each at the draft temperature that suits it best.
-    best = {name: {budget: max(by.values()) for budget, by in figures[name].items()} for name in pair}
-    figures["gain"] = {
-        budget: round(best["treeflash"][budget] / best["marginal"][budget] - 1, 4) for budget in best["marginal"]
-    }
-    by_temperature = figures["treeflash"]["B16"]
-    pair["treeflash"].generation_config.draft_temperature = float(max(by_temperature, key=by_temperature.get))
-    figures["knobs"] = choose_knobs(target, pair["treeflash"], ids[:8], args.eval_tokens)
+def evaluate(target, pair: dict[str, TreeFlashDraftModel], prompts: list[Prompt], others: list[Prompt], args) -> dict:
+    """Return block efficiencies at each budget, what the knobs cost, and how repetitive the target's text is.
+
+    Every arm drafts at the temperature that suits it best on the `others`, and at 1.
+    """
+    ids, other_ids = ([prompt.input_ids for prompt in part] for part in (prompts, others))
+    figures: dict = {name: {} for name in pair}
+    for name, drafter in pair.items():
+        for budget in BUDGETS:
+            options = {"new_tokens": args.eval_tokens, "budget": budget}
+            best = max(TEMPERATURES, key=lambda t: tau(target, drafter, other_ids, temperature=t, **options))
+            figures[name][f"B{budget}"] = {
+                "draft_temperature": best,
+                "block_efficiency": tau(target, drafter, ids, temperature=best, **options),
+                "block_efficiency_at_1": tau(target, drafter, ids, temperature=1.0, **options),
+            }
+    for kind in ("block_efficiency", "block_efficiency_at_1"):
+        gains = {b: round(arm[kind] / figures["marginal"][b][kind] - 1, 4) for b, arm in figures["treeflash"].items()}
+        figures[f"gain_in_{kind}"] = gains
+    pair["treeflash"].generation_config.draft_temperature = figures["treeflash"]["B16"]["draft_temperature"]
+    figures["knobs"] = choose_knobs(target, pair["treeflash"], other_ids[:8], args.eval_tokens)
     inputs = left_padded(ids, 0, "cpu")
     texts = target.generate(**inputs, max_new_tokens=128, do_sample=False, eos_token_id=None, pad_token_id=0)
     figures["distinct_4_grams"] = round(distinct_fraction(texts[:, inputs["input_ids"].shape[1] :].tolist()), 4)
@@ -222,13 +227,13 @@ def main(argv: list[str] | None = None) -> dict:
     """Train the pair and write it; return the training record."""
     parser = train_tiny_target.add_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
     parser.add_argument("--output", type=Path, default=Path("src/hf_treeflash/tiny"))
-    parser.add_argument("--greedy", type=int, default=1024, help="prompts the target continues greedily")
+    parser.add_argument("--greedy", type=int, default=2048, help="prompts the target continues greedily")
     parser.add_argument("--sampled", type=int, default=256, help="prompts it continues by sampling")
     parser.add_argument("--text", type=int, default=4096, help="windows of plain text")
     parser.add_argument("--new-tokens", type=int, default=128, help="per response")
-    parser.add_argument("--shared-steps", type=int, default=500, help="backbone steps both drafters share")
+    parser.add_argument("--shared-steps", type=int, default=1400, help="backbone steps both drafters share")
     parser.add_argument(
-        "--last-steps", type=int, default=500, help="steps each drafter then takes by itself, on responses"
+        "--last-steps", type=int, default=800, help="steps each drafter then takes by itself, on responses"
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--anchors", type=int, default=12, help="blocks per sequence")
@@ -257,7 +262,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     held_out = function_prompts(tokenizer, standard_library()[1])
     random.Random(args.seed).shuffle(held_out)
-    held_out = held_out[: args.eval_prompts]
+    held_out, others = held_out[: args.eval_prompts], held_out[args.eval_prompts : 2 * args.eval_prompts]
     record = {
         "command": shlex.join(["python", "examples/train_tiny_pair.py", *(sys.argv[1:] if argv is None else argv)]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
@@ -268,7 +273,7 @@ def main(argv: list[str] | None = None) -> dict:
         "samples": {"greedy": args.greedy, "sampled": args.sampled, "text": len(text)},
         "responses_seconds": seconds["responses"],
         "stages": stages,
-        "held_out": evaluate(target, pair, held_out, args),
+        "held_out": evaluate(target, pair, held_out, others, args),
     }
     write(args.output, target, tokenizer, drafter, held_out, record)
     return record
