@@ -2,8 +2,9 @@
 
     python examples/finetune_lora.py --target src/hf_treeflash/tiny/target \\
         --drafter src/hf_treeflash/tiny/drafter --text /usr/include/*.h --skip_bad_rows --prompts 432 \\
-        --max_new_tokens 96 --generate_batch_size 64 --num_anchors 16 --max_steps 150 --learning_rate 1e-3 \\
-        --eval_max_new_tokens 64 --use_cpu --report_to none --output_dir build/lora
+        --eval_prompts 16 --max_new_tokens 96 --generate_batch_size 64 --eval_max_new_tokens 64 --tree_budget 32 \\
+        --num_anchors 16 --per_device_train_batch_size 8 --max_steps 150 --learning_rate 1e-3 --warmup_steps 10 \\
+        --lr_scheduler_type cosine --save_strategy no --report_to none --use_cpu --output_dir build/lora
 
 Options are those of `train_drafter.py`, and those below; the drafter must have a trained head. Use the adapter like a
 drafter: `AutoModel.from_pretrained(adapter_folder)`.

@@ -5,6 +5,14 @@ The responses are the target's own: prompts are read from chats or text, and the
     python examples/train_drafter.py --target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 \\
         --chats HuggingFaceH4/CodeAlpaca_20K --no_enable_thinking --output_dir build/head --bf16
 
+A head for a drafter that has none, on a laptop's CPU and from nothing but Python's own sources:
+
+    python examples/train_drafter.py --target TARGET --drafter DFLASH_DRAFTER --stage head \\
+        --text $(python -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")/*.py --prompts 1200 \\
+        --eval_prompts 16 --max_new_tokens 112 --generate_batch_size 64 --eval_max_new_tokens 96 --tree_budget 32 \\
+        --num_anchors 16 --per_device_train_batch_size 8 --max_steps 300 --learning_rate 3e-3 --warmup_steps 20 \\
+        --lr_scheduler_type cosine --save_strategy no --report_to none --use_cpu --output_dir build/head
+
 Every option of `TrainingArguments` works too. Launch with `accelerate launch` for several processes.
 """
 

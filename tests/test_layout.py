@@ -20,6 +20,7 @@ CORE = {
     "configuration_treeflash",
     "context",
     "generation",
+    "head_rows",
     "logits_process",
     "lookup",
     "modeling_treeflash",
@@ -53,7 +54,7 @@ def test_core_files_are_flat_siblings_on_torch_and_transformers(name):
             assert root in CORE_LIBRARIES or root in sys.stdlib_module_names, f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("name", ["cache", "logits_process", "tree"])
+@pytest.mark.parametrize("name", ["cache", "head_rows", "logits_process", "tree"])
 def test_the_algorithms_parts_do_not_know_the_drafter(name):
     assert all(level == 0 for level, _ in imports(PACKAGE / f"{name}.py"))
 

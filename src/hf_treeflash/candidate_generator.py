@@ -140,6 +140,8 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             num_candidates=self.knobs.num_candidates,
             branching=self.knobs.branching,
             temperature=self.knobs.draft_temperature * self.temperature,
+            # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes.
+            on_demand=budget if self.device.type == "cpu" else None,
         )
         tail_valid = context.valid
         if tail_valid is not None:
@@ -149,7 +151,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         if window is not None:
             self.prefix.trim(window)
         if permitted is None and lookup is None:
-            return build_tree(transitions, anchor_ids.to(transitions.token_ids.device), budget)
+            return build_tree(transitions, anchor_ids.to(self.device), budget)
         tables = build_tables(transitions, anchor_ids, budget, permitted)
         if lookup is not None:
             chains, trust = lookup

@@ -24,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
+from .head_rows import HeadRows
 
 kernels: Any = None
 try:  # a drafter loaded from a repository, without this package, does without its kernels
@@ -324,7 +325,8 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         num_candidates: int = 16,
         branching: int = 16,
         temperature: float = 1.0,
-    ) -> Transitions:
+        on_demand: int | None = None,
+    ) -> Transitions | HeadRows:
         """Draft one block: the most likely next tokens after every candidate, at every depth, in one pass.
 
         Args:
@@ -340,9 +342,12 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 Next tokens kept per previous token (K).
             temperature (`float`, *optional*, defaults to 1.0):
                 Temperature of the draft distribution.
+            on_demand (`int`, *optional*):
+                Compute only about this many rows of the head now and the others when they are asked for; pays where
+                the tree is built on the host beside the drafter.
 
         Returns:
-            [`Transitions`] with `block_size - 1` depths.
+            [`Transitions`] with `block_size - 1` depths, or [`HeadRows`] on demand (with a head only).
 
         Source: stages 1 and 2 of arXiv 2606.03819.
         """
@@ -355,13 +360,24 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             return marginal_transitions(lm_head(normed), branching, temperature)
 
         # The last slot precedes nothing, so it needs no shortlist.
-        shortlist = lm_head(normed[:, :-1]).topk(min(num_candidates, self.config.vocab_size), dim=-1).indices
+        marginals = lm_head(normed[:, :-1])
+        top = marginals.topk(min(num_candidates, self.config.vocab_size), dim=-1)
+        shortlist = top.indices
+
+        def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
+            corrected = self.correct(hidden, normed, previous_embeds, slots)
+            return top_log_probs(lm_head(corrected), branching, temperature)
+
+        if on_demand is not None:
+            log_probs = (top.values - marginals.logsumexp(dim=-1, keepdim=True)) / temperature
+            rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, log_probs)
+            rows.compute_likely(on_demand)
+            return rows
         # One row for the anchor, then one per candidate of each further slot.
         previous = torch.cat([noise_embeds[:, :1], embed(shortlist).flatten(1, 2)], dim=1)
         following = torch.arange(1, hidden.shape[1], device=hidden.device).repeat_interleave(shortlist.shape[-1])
         slots = nn.functional.pad(following, (1, 0))
-        corrected = self.correct(hidden, normed, previous, slots)
-        token_ids, log_probs = top_log_probs(lm_head(corrected), branching, temperature)
+        token_ids, log_probs = score(hidden, normed, previous, slots)
         return conditional_transitions(token_ids, log_probs, shortlist)
 
     @classmethod

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 Permitted = Callable[[int, list[int]], torch.Tensor]
+# A row's next tokens, their log-probabilities (nats) and the rows of the next depth that continue them (-1: none).
+Children = tuple[list[int], list[float], list[int]]
 
 
 class NodeTable(NamedTuple):
@@ -80,19 +82,19 @@ def build_tree(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> Draft
     (the ranks of the choices from the root down, compared in that order).
 
     Args:
-        transitions ([`Transitions`]):
+        transitions ([`Transitions`] or, on a CPU, [`HeadRows`]):
             What the drafter proposes, see [`TreeFlashDraftModel.draft`].
         anchor_ids (`torch.LongTensor` of shape `(batch,)`):
-            Newest committed tokens.
+            Newest committed tokens, on the device of `transitions`.
         tree_budget (`int`):
             Nodes per tree, root included.
 
     Returns:
-        [`DraftTree`]: On the device of `transitions`; smaller than the budget where there are not enough candidates.
+        [`DraftTree`]: On the same device; smaller than the budget where there are not enough candidates.
 
     Source: arXiv 2606.03819; the selection is OPT-Tree's (arXiv 2406.17276).
     """
-    if transitions.log_probs.device.type == "cpu":
+    if anchor_ids.device.type == "cpu":
         return tree_from_tables(build_tables(transitions, anchor_ids, tree_budget))
     return build_by_level(transitions, anchor_ids, tree_budget)
 
@@ -103,34 +105,77 @@ def build_tables(
     """Build the same trees on the host, one table per row, with what only the host can do.
 
     Args:
+        transitions ([`Transitions`] or [`HeadRows`]):
+            All rows of the tables, or rows that are computed as the trees reach them.
         permitted (`Callable`, *optional*):
             Given (row, tokens after the anchor), the tokens that may follow, as a boolean tensor over the vocabulary.
             No node is spent on others, and the rest share their probability.
     """
-    tables = [table.cpu().numpy() for table in transitions]
-    return [
-        best_first(
-            [table[row] for table in tables],
-            anchor,
-            tree_budget,
-            None if permitted is None else functools.partial(permitted, row),
-        )
-        for row, anchor in enumerate(anchor_ids.tolist())
-    ]
+    rows = TableRows(transitions) if isinstance(transitions, tuple) else transitions
+    anchors = anchor_ids.tolist()
+    tables: dict[int, NodeTable] = {}
+    while len(tables) < len(anchors):
+        missing: list[tuple[int, int, int]] = []
+        for index, anchor in enumerate(anchors):
+            if index not in tables:
+                allowed = None if permitted is None else functools.partial(permitted, index)
+                table, lacking = best_first(functools.partial(rows.read, index), anchor, tree_budget, allowed)
+                missing += [(index, depth, row) for depth, row in lacking]
+                if not lacking:
+                    tables[index] = table
+        if missing:
+            rows.compute(missing)
+    return [tables[index] for index in range(len(anchors))]
 
 
-def best_first(tables, anchor: int, tree_budget: int, permitted=None) -> NodeTable:
-    """Pop the best open node until the budget is spent; only rows that are reached are ever read."""
-    depth_limit = len(tables[0])
+class TableRows:
+    """The rows of finished transitions, read as host lists when a tree reaches them.
+
+    Args:
+        transitions ([`Transitions`]):
+            What the drafter proposes.
+    """
+
+    def __init__(self, transitions):
+        self.tables = [table.cpu().numpy() for table in transitions]
+        self.lists: dict[tuple[int, int, int], Children] = {}
+
+    def read(self, index: int, depth: int, row: int) -> Children:
+        """Return a row's next tokens, their log-probabilities and the rows that continue them."""
+        key = index, depth, row
+        if key not in self.lists:
+            self.lists[key] = tuple(table[key].tolist() for table in self.tables)
+        return self.lists[key]
+
+    def compute(self, missing) -> None:
+        """Nothing is ever missing."""
+
+
+def best_first(
+    read: Callable[[int, int], Children | None], anchor: int, tree_budget: int, permitted=None
+) -> tuple[NodeTable, list[tuple[int, int]]]:
+    """Pop the best open node until the budget is spent; only rows of the nodes on the tree are ever read.
+
+    Args:
+        read (`Callable[[int, int], Children]`):
+            Given depth index and row, its next tokens, their log-probabilities and the rows that continue them, or
+            None if it is not computed yet.
+
+    Returns:
+        `tuple[NodeTable, list[tuple[int, int]]]`: The tree, and the rows that were wanted but not computed; without
+        any the tree is final.
+    """
     node = NodeTable([anchor], [-1], [0], [0.0], [1])
+    token_ids, parents, depths, path_log_probs, ancestors = node
     frontier: list[tuple] = []
-    rows_read: dict[tuple[int, int], tuple[list, ...]] = {}
+    lacking: list[tuple[int, int]] = []
 
     def open_row(parent: int, depth: int, row: int, ranks: tuple, score: float) -> None:
         """Offer the children of a node, which a row of the transitions describes."""
-        if (depth, row) not in rows_read:
-            rows_read[depth, row] = tuple(table[depth, row].tolist() for table in tables)
-        children = rows_read[depth, row]
+        children = read(depth, row)
+        if children is None:
+            lacking.append((depth, row))
+            return
         if permitted is not None:
             children = _permitted_children(children, permitted(_path_to(node, parent)))
         push(score, (*ranks, 0), parent, children)
@@ -138,23 +183,23 @@ def best_first(tables, anchor: int, tree_budget: int, permitted=None) -> NodeTab
     def push(score: float, ranks: tuple, parent: int, children: tuple) -> None:
         # An entry stands for one child and, once taken, offers the next sibling. Ranks are unique: nothing after
         # them is ever compared.
-        if ranks[-1] < len(children[1]) and children[1][ranks[-1]] > float("-inf"):
-            total = score + children[1][ranks[-1]]
-            heapq.heappush(frontier, (-total, len(ranks), ranks, parent, children, score))
+        log_probs, rank = children[1], ranks[-1]
+        if rank < len(log_probs) and log_probs[rank] > float("-inf"):
+            heapq.heappush(frontier, (-score - log_probs[rank], len(ranks), ranks, parent, children, score))
 
     open_row(0, 0, 0, (), 0.0)
-    while frontier and len(node.token_ids) < tree_budget:
+    while frontier and len(token_ids) < tree_budget:
         total, depth, ranks, parent, children, score = heapq.heappop(frontier)
-        rank, index = ranks[-1], len(node.token_ids)
-        node.token_ids.append(children[0][rank])
-        node.parents.append(parent)
-        node.depths.append(depth)
-        node.path_log_probs.append(-total)
-        node.ancestors.append(node.ancestors[parent] | 1 << index)
+        rank, index = ranks[-1], len(token_ids)
+        token_ids.append(children[0][rank])
+        parents.append(parent)
+        depths.append(depth)
+        path_log_probs.append(-total)
+        ancestors.append(ancestors[parent] | 1 << index)
         push(score, (*ranks[:-1], rank + 1), parent, children)
-        if depth < depth_limit and children[2][rank] >= 0:
+        if children[2][rank] >= 0:
             open_row(index, depth, children[2][rank], ranks, -total)
-    return node
+    return node, lacking
 
 
 def _path_to(node: NodeTable, index: int) -> list[int]:
@@ -166,12 +211,13 @@ def _path_to(node: NodeTable, index: int) -> list[int]:
     return path[::-1]
 
 
-def _permitted_children(children: tuple[list, ...], permitted: torch.Tensor) -> tuple[list, ...]:
+def _permitted_children(children: Children, permitted: torch.Tensor) -> Children:
     """Drop children that may not be emitted and give their probability to the others."""
     kept = [rank for rank, token in enumerate(children[0]) if permitted[token]]
-    tokens, log_probs, rows = ([column[rank] for rank in kept] for column in children)
-    mass = sum(math.exp(log_prob) for log_prob in log_probs)
-    return tokens, [log_prob - math.log(mass) if mass > 0 else log_prob for log_prob in log_probs], rows
+    token_ids, log_probs, rows = children
+    mass = sum(math.exp(log_probs[rank]) for rank in kept)
+    rest = math.log(mass) if mass > 0 else 0.0
+    return [token_ids[rank] for rank in kept], [log_probs[rank] - rest for rank in kept], [rows[rank] for rank in kept]
 
 
 def tree_from_tables(rows: list[NodeTable]) -> DraftTree:

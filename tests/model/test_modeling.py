@@ -98,6 +98,33 @@ def test_zero_head_with_all_candidates_gives_the_marginal_trees(budget):
     assert torch.equal(with_head.token_ids, without.token_ids) and torch.equal(with_head.parents, without.parents)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("m", "k", "budget"), [(4, 4, 16), (16, 16, 64), (1, 3, 8), (VOCAB, VOCAB, 40)])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_rows_on_demand_give_the_same_trees_from_fewer_rows(batch, m, k, budget, temperature):
+    drafter, target = tiny_drafter(), tiny_target()
+    inputs = drafting_inputs(drafter, target, batch=batch)
+    knobs = {"num_candidates": m, "branching": k, "temperature": temperature}
+    whole = build_tree(drafter.draft(*inputs, **knobs), inputs[0], budget)
+    for likely in (budget, 2, 0):
+        rows = drafter.draft(*inputs, **knobs, on_demand=likely)
+        tree = build_tree(rows, inputs[0], budget)
+        assert torch.equal(tree.token_ids, whole.token_ids) and torch.equal(tree.parents, whole.parents)
+        torch.testing.assert_close(tree.path_log_probs, whole.path_log_probs, atol=1e-5, rtol=1e-5)
+    if m >= 16:
+        assert len(rows.computed) < batch * (1 + 6 * m) * 0.9
+
+
+def test_a_one_slot_block_needs_no_rows_but_the_anchors():
+    drafter, target = tiny_drafter(block_size=2), tiny_target()
+    inputs = drafting_inputs(drafter, target)
+    rows = drafter.draft(*inputs, on_demand=8)
+    assert torch.equal(
+        build_tree(rows, inputs[0], 8).token_ids, build_tree(drafter.draft(*inputs), inputs[0], 8).token_ids
+    )
+    assert list(rows.computed) == [(0, 0, 0)]
+
+
 def test_forward_with_previous_tokens_is_the_corrected_state():
     drafter, target = tiny_drafter(), tiny_target()
     anchors, context, embed, lm_head = drafting_inputs(drafter, target)
