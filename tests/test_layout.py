@@ -19,6 +19,7 @@ CORE = {
     "checkpoints",
     "configuration_treeflash",
     "context",
+    "draft_head",
     "generation",
     "logits_process",
     "lookup",

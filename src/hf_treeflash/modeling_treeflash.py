@@ -24,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
+from .draft_head import narrowed
 
 kernels: Any = None
 try:  # a drafter loaded from a repository, without this package, does without its kernels
@@ -324,6 +325,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         num_candidates: int = 16,
         branching: int = 16,
         temperature: float = 1.0,
+        draft_vocab: int | None = None,
     ) -> Transitions:
         """Draft one block: the most likely next tokens after every candidate, at every depth, in one pass.
 
@@ -340,6 +342,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 Next tokens kept per previous token (K).
             temperature (`float`, *optional*, defaults to 1.0):
                 Temperature of the draft distribution.
+            draft_vocab (`int`, *optional*):
+                Score after each candidate only the union of every slot's own `draft_vocab` most likely tokens, and
+                normalise over these; `lm_head` then takes the tokens to score as a second argument. None: all tokens.
 
         Returns:
             [`Transitions`] with `block_size - 1` depths.
@@ -354,14 +359,18 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         if self.ar_head is None:
             return marginal_transitions(lm_head(normed), branching, temperature)
 
-        # The last slot precedes nothing, so it needs no shortlist.
-        shortlist = lm_head(normed[:, :-1]).topk(min(num_candidates, self.config.vocab_size), dim=-1).indices
+        # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
+        marginals = lm_head(normed[:, :-1] if draft_vocab is None else normed)
+        candidates = min(num_candidates, self.config.vocab_size)
+        shortlist = marginals[:, : hidden.shape[1] - 1].topk(candidates, dim=-1).indices
+        lm_head, vocabulary = narrowed(lm_head, marginals, draft_vocab)
         # One row for the anchor, then one per candidate of each further slot.
         previous = torch.cat([noise_embeds[:, :1], embed(shortlist).flatten(1, 2)], dim=1)
         following = torch.arange(1, hidden.shape[1], device=hidden.device).repeat_interleave(shortlist.shape[-1])
         slots = nn.functional.pad(following, (1, 0))
         corrected = self.correct(hidden, normed, previous, slots)
         token_ids, log_probs = top_log_probs(lm_head(corrected), branching, temperature)
+        token_ids = token_ids if vocabulary is None else vocabulary[token_ids]
         return conditional_transitions(token_ids, log_probs, shortlist)
 
     @classmethod
