@@ -127,9 +127,11 @@ def attention(sizes: Sizes, device: torch.device, context: int, nodes: int) -> C
         ways[f"kernel, {splits} splits{chosen}"] = Way(run)
     ways["repeat_kv + SDPA"] = Way(repeated)  # what transformers does when there is a mask
     ways["SDPA, grouped"] = Way(grouped)
-    ways["FlexAttention"] = Way(flexible)
     if device.type == "cuda":
+        ways["FlexAttention"] = Way(flexible)
         ways["FlexAttention, 4 splits of 64 rows"] = Way(functools.partial(flexible, SPLIT_KV=4, BLOCK_M=64))
+    else:
+        ways["FlexAttention, not compiled"] = Way(flexible)
     return Case("", {"context": context, "nodes": nodes}, ways)
 
 

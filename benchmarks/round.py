@@ -6,7 +6,7 @@
 
 Random weights give honest times and no τ: the walk is made to accept `--accepted` nodes. With the evaluation of a
 trained pair (`end_to_end.py --json`), the table also shows what its τ would make of these rounds: a projection, and
-called one.
+called one. Texts, criteria and processors are left out: `stages.py` times whole calls of a trained pair.
 """
 
 import argparse
