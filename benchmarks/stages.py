@@ -6,10 +6,8 @@ A stage's time is its own: what it calls and is listed too is not counted twice.
 """
 
 import argparse
-import functools
 import json
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,51 +17,13 @@ from unittest import mock
 import torch
 from transformers.utils import logging
 
-from hf_treeflash import candidate_generator, generation, modeling_treeflash
+from hf_treeflash import candidate_generator, draft_head, generation, modeling_treeflash
 from hf_treeflash.benchmark import environment
+from hf_treeflash.measuring import Stopwatch
 from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair
 
 # What the models themselves compute; the rest of a round is the price of the method's bookkeeping.
 MODELS = ("drafter forward", "AR head", "lm_head, shortlist", "lm_head, candidates", "target forward")
-
-
-class Stopwatch:
-    """Adds up the own time of nested stages, round by round."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.rounds: list[dict[str, float]] = []
-        self.current: dict[str, float] = defaultdict(float)  # the round that is running, or a prompt's pass
-        self.running: list[list[float]] = []  # of each open stage: the time inside the stages it called
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage of what is running."""
-        start = self._now()
-        self.running.append([0.0])
-        try:
-            yield
-        finally:
-            total = self._now() - start
-            own = total - self.running.pop()[0]
-            if self.running:
-                self.running[-1][0] += total
-            self.current[name] += own
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1e3
-
-    def around(self, function, name: str):
-        """Return a function that runs another as a stage."""
-
-        @functools.wraps(function)
-        def timed(*args, **kwargs):
-            with self.stage(name):
-                return function(*args, **kwargs)
-
-        return timed
 
 
 @contextmanager
@@ -83,7 +43,8 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
         (drafter, "correct", "AR head"),
         (target, "forward", "target forward"),
     ]
-    prefill, draft, lm_head = loop.prefill, loop.draft, generator._lm_head
+    head = draft_head.DraftHead
+    prefill, draft, lm_head = loop.prefill, loop.draft, head.__call__
     heads = []
 
     def outside_rounds(self):
@@ -91,22 +52,21 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
         return prefill(self)
 
     def new_round(self):
-        watch.current = defaultdict(float)
-        watch.rounds.append(watch.current)
+        watch.new_round()
         heads[:] = [MODELS[3], MODELS[2]] if drafter.ar_head is not None else [MODELS[2]]
         with watch.stage("loop"):
             return draft(self)
 
-    def timed_lm_head(self, states):
+    def timed_lm_head(self, *args):
         with watch.stage(heads.pop()):
-            return lm_head(self, states)
+            return lm_head(self, *args)
 
     with ExitStack() as stack:
         for owner, name, label in places:
             stack.enter_context(mock.patch.object(owner, name, watch.around(getattr(owner, name), label)))
         stack.enter_context(mock.patch.object(loop, "prefill", outside_rounds))
         stack.enter_context(mock.patch.object(loop, "draft", new_round))
-        stack.enter_context(mock.patch.object(generator, "_lm_head", timed_lm_head))
+        stack.enter_context(mock.patch.object(head, "__call__", timed_lm_head))
         yield
 
 

@@ -19,6 +19,7 @@ CORE = {
     "checkpoints",
     "configuration_treeflash",
     "context",
+    "draft_head",
     "generation",
     "head_rows",
     "logits_process",

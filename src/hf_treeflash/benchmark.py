@@ -1,8 +1,5 @@
 """Compares ways to decode: same process, same prompts, interleaved, with the spread beside every median."""
 
-import importlib.metadata
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from transformers.generation.streamers import BaseStreamer
 
 from .configuration_treeflash import DRAFTING_DEFAULTS
+from .measuring import columns, machine, spread, synchronize
 from .pairs import with_knobs, without_head
 
 
@@ -192,10 +189,10 @@ def _time_interleaved(decode, arms, prompts: int, repeats: int, device: torch.de
         for prompt in range(prompts):
             for turn in range(len(arms)):
                 index = (turn + repeat + prompt) % len(arms)
-                _synchronize(device)
+                synchronize(device)
                 start = time.perf_counter()
                 decode(arms[index], prompt)
-                _synchronize(device)
+                synchronize(device)
                 seconds[index][repeat] += time.perf_counter() - start
     return seconds
 
@@ -209,20 +206,14 @@ def _summary(arm: Arm, record, baseline, seconds: list[float], baseline_seconds:
         "name": arm.name,
         "knobs": arm.knobs,
         "tau": sum(lengths) / len(lengths) if lengths else None,
-        "tokens_per_second": _spread(speed),
-        "speedup": _spread([a / b for a, b in zip(speed, baseline_speed, strict=True)]),
+        "tokens_per_second": spread(speed),
+        "speedup": spread([a / b for a, b in zip(speed, baseline_speed, strict=True)]),
         "identical": texts == baseline[0],
         "acceptance_rates": acceptance_rates(lengths),
         "distinct_4grams": distinct_ngrams(texts),
         "tokens": tokens,
         "passes": len(lengths),
     }
-
-
-def _spread(values: list[float]) -> dict[str, Any] | None:
-    if not values:
-        return None
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
 
 
 def acceptance_rates(lengths: Sequence[int]) -> list[float]:
@@ -243,26 +234,9 @@ def distinct_ngrams(texts: Sequence[Sequence[int]], n: int = 4) -> float | None:
 
 
 def environment(target) -> dict[str, Any]:
-    """Describe where a measurement was made."""
-    device = torch.device(target.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf-treeflash": _package_version(),
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "attention": target.config._attn_implementation,
-    }
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("hf-treeflash")
-    except importlib.metadata.PackageNotFoundError:
-        return "source tree"
+    """Describe where and with what target a measurement was made."""
+    dtype = str(target.dtype).removeprefix("torch.")
+    return {**machine(target.device), "dtype": dtype, "attention": target.config._attn_implementation}
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
@@ -284,15 +258,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
 
 def text_table(result: dict[str, Any]) -> str:
     """Lay a comparison out for a terminal."""
-    rows = table_rows(result)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = [columns(table_rows(result))]
     if result["arms"][0]["distinct_4grams"] is not None:  # repetition flatters every drafter
         lines.append(f"distinct 4-grams of the plain text: {result['arms'][0]['distinct_4grams']:.2f}")
     return "\n".join(lines)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,7 +1,6 @@
 """From the target's states to a draft tree: context features, one drafting pass, the builder."""
 
 import copy
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from .budget import SIZES
 from .cache import PrefixCache
 from .configuration_treeflash import DRAFTING_DEFAULTS
 from .context import Context
+from .draft_head import DraftHead, check_head, home_of
 from .lookup import graft
 from .tree import DraftTree, Permitted, build_tables, build_tree, tree_from_tables
 from .verify import additive_mask
@@ -29,6 +29,8 @@ class DraftingKnobs(NamedTuple):
     branching: int
     draft_temperature: float
     draft_window: int | None
+    draft_lm_head: str | None
+    draft_vocab: int | None
     is_auto: bool
 
     @classmethod
@@ -51,8 +53,7 @@ class DraftingKnobs(NamedTuple):
         is_auto = values["tree_budget"] == "auto"
         values["tree_budget"] = max(SIZES) if is_auto else values["tree_budget"]
         integers = {"tree_budget": 2, "num_candidates": 1, "branching": 1}
-        if values["draft_window"] is not None:
-            integers["draft_window"] = 1
+        integers |= {name: 1 for name in ("draft_window", "draft_vocab") if values[name] is not None}
         for name, least in integers.items():
             if type(values[name]) is not int or values[name] < least:
                 auto = ", or 'auto'" if name == "tree_budget" else ""
@@ -60,6 +61,8 @@ class DraftingKnobs(NamedTuple):
         temperature = values["draft_temperature"]
         if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
             raise ValueError(f"`draft_temperature` must be a positive number, got {temperature!r}.")
+        if values["draft_lm_head"] not in (None, "float8"):
+            raise ValueError(f"`draft_lm_head` must be 'float8' or None, got {values['draft_lm_head']!r}.")
         return cls(**values, is_auto=is_auto)
 
 
@@ -92,11 +95,12 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
     ):
         self.drafter = assistant_model
         self.target_embed = without_embed_norm(main_model_input_embeddings)
-        self.target_head = main_model_output_embeddings
         # Looked up once: each look-up walks all parameters.
         self.device, self.dtype = assistant_model.device, assistant_model.dtype
         self.temperature = temperature
         self.knobs = DraftingKnobs.read(generation_config or assistant_model.generation_config)
+        check_head(main_model_output_embeddings, self.knobs)
+        self._lm_head = DraftHead(main_model_output_embeddings, self.knobs.draft_lm_head)
         self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))
         self.prefix.cache.activate_past_recording()
         self.rounds = self.emitted = 0
@@ -140,6 +144,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             num_candidates=self.knobs.num_candidates,
             branching=self.knobs.branching,
             temperature=self.knobs.draft_temperature * self.temperature,
+            draft_vocab=self.knobs.draft_vocab,
             # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes.
             on_demand=budget if self.device.type == "cpu" else None,
         )
@@ -230,24 +235,6 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embeds = self.target_embed(token_ids.to(home_of(self.target_embed)))
         return embeds.to(self.device, self.dtype)
-
-    def _lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = any_tensor(self.target_head)
-        # A quantised weight says nothing of the dtype its layer takes.
-        dtype = weight.dtype if weight.is_floating_point() else None
-        return self.target_head(hidden_states.to(home_of(self.target_head), dtype))
-
-
-def any_tensor(module: nn.Module) -> torch.Tensor:
-    """Return one of a module's weights; quantised modules may keep them all in buffers."""
-    return next(itertools.chain(module.parameters(), module.buffers()))
-
-
-def home_of(module: nn.Module) -> torch.device:
-    """Return the device a module computes on, also while accelerate keeps its weights elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
-    execution_device = getattr(hook, "execution_device", None)
-    return any_tensor(module).device if execution_device is None else torch.device(execution_device)
 
 
 def without_embed_norm(embedding: nn.Module) -> nn.Module:

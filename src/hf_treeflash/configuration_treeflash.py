@@ -12,6 +12,8 @@ DRAFTING_DEFAULTS: dict[str, Any] = {
     "branching": 16,  # next tokens considered per previous token
     "draft_temperature": 1.0,  # of the draft, on top of the temperature of the call
     "draft_window": None,  # committed tokens the drafter looks back on; None: all
+    "draft_lm_head": None,  # "float8": draft with an eight-bit copy of the target's output layer
+    "draft_vocab": None,  # likely tokens of each slot that may follow a candidate; None: the whole vocabulary
 }
 
 

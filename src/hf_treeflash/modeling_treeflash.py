@@ -24,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
+from .draft_head import narrowed
 from .head_rows import HeadRows
 
 kernels: Any = None
@@ -325,6 +326,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         num_candidates: int = 16,
         branching: int = 16,
         temperature: float = 1.0,
+        draft_vocab: int | None = None,
         on_demand: int | None = None,
     ) -> Transitions | HeadRows:
         """Draft one block: the most likely next tokens after every candidate, at every depth, in one pass.
@@ -342,6 +344,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 Next tokens kept per previous token (K).
             temperature (`float`, *optional*, defaults to 1.0):
                 Temperature of the draft distribution.
+            draft_vocab (`int`, *optional*):
+                Score after each candidate only the union of every slot's own `draft_vocab` most likely tokens, and
+                normalise over these; `lm_head` then takes the tokens to score as a second argument. None: all tokens.
             on_demand (`int`, *optional*):
                 Compute only about this many rows of the head now and the others when they are asked for; pays where
                 the tree is built on the host beside the drafter.
@@ -359,18 +364,21 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         if self.ar_head is None:
             return marginal_transitions(lm_head(normed), branching, temperature)
 
-        # The last slot precedes nothing, so it needs no shortlist.
-        marginals = lm_head(normed[:, :-1])
-        top = marginals.topk(min(num_candidates, self.config.vocab_size), dim=-1)
+        # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
+        links = hidden.shape[1] - 1
+        marginals = lm_head(normed[:, :links] if draft_vocab is None else normed)
+        top = marginals[:, :links].topk(min(num_candidates, self.config.vocab_size), dim=-1)
         shortlist = top.indices
+        row_head, vocabulary = narrowed(lm_head, marginals, draft_vocab)
 
         def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
             corrected = self.correct(hidden, normed, previous_embeds, slots)
-            return top_log_probs(lm_head(corrected), branching, temperature)
+            token_ids, log_probs = top_log_probs(row_head(corrected), branching, temperature)
+            return token_ids if vocabulary is None else vocabulary[token_ids], log_probs
 
         if on_demand is not None:
-            log_probs = (top.values - marginals.logsumexp(dim=-1, keepdim=True)) / temperature
-            rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, log_probs)
+            log_z = (marginals[:, :links] / temperature).logsumexp(dim=-1, keepdim=True)
+            rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, top.values / temperature - log_z)
             rows.compute_likely(on_demand)
             return rows
         # One row for the anchor, then one per candidate of each further slot.

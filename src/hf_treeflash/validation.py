@@ -5,7 +5,8 @@ import inspect
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from .candidate_generator import DraftingKnobs, home_of
+from .candidate_generator import DraftingKnobs
+from .draft_head import check_head, home_of
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -120,7 +121,7 @@ def check_call(target, drafter, generation_mode, generation_config: GenerationCo
     Raises:
         ValueError: Naming the option and what to do.
     """
-    DraftingKnobs.read(drafter.generation_config)
+    knobs = DraftingKnobs.read(drafter.generation_config)
     if generation_mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"A TreeFlash drafter works with greedy decoding and sampling, not with {generation_mode.value}; "
@@ -137,6 +138,7 @@ def check_call(target, drafter, generation_mode, generation_config: GenerationCo
     check_target(target)
     check_drafter(drafter)
     check_pair(target, drafter)
+    check_head(target.get_output_embeddings(), knobs)
     if mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A TreeFlash drafter shares the target's vocabulary; leave out `assistant_tokenizer`.")
 

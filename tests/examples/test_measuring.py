@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ def places(tmp_path_factory):
 
 
 def script(name):
+    folder = str((ROOT / name).parent)
+    if folder not in sys.path:  # scripts import their neighbours
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(Path(name).stem + "_script", ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -75,3 +79,92 @@ def test_stages_add_up_and_leave_nothing_wrapped(places, tmp_path, capsys):
     assert 0 < result["share_outside_models"] < 1 and result["rounds"] > 1
     assert "outside the models' forwards" in capsys.readouterr().out
     assert stages.generation.TreeDecoding.walk is walk
+
+
+def test_approximations_are_compared_with_the_exact_draft(places, tmp_path, capsys):
+    argv = [*options(places, "--target", "--drafter", "--prompts"), "--trees", "4:2", "8:4", "--draft-vocab", "1"]
+    script("benchmarks/approximations.py").main(
+        [*argv, "--max-new-tokens", "12", "--json", str(tmp_path / "out.json")]
+    )
+    plain, *arms = json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"]
+    assert [arm["knobs"]["draft_vocab"] for arm in arms] == [None, None, 1, 1] * 2
+    assert [arm["knobs"]["draft_lm_head"] for arm in arms] == [None, "float8"] * 4
+    assert plain["identical"] and all(arm["identical"] for arm in arms)
+    assert arms[0]["tau_kept"] == arms[4]["tau_kept"] == 1
+    # Of a random draft an approximation may even be the better one.
+    assert arms[2]["tau"] != arms[0]["tau"] and arms[2]["tau_kept"] == arms[2]["tau"] / arms[0]["tau"]
+    assert "of the exact draft's" in capsys.readouterr().out
+
+
+def test_kernel_times_agree_with_the_oracles_and_are_printed_again(tmp_path, capsys):
+    times, path = script("benchmarks/kernel_times.py"), tmp_path / "out.json"
+    times.main(["--smoke", "--device", "cpu", "--repeats", "2", "--json", str(path)])
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert {result["case"][:2] for result in record["results"]} == {"K1", "K2", "K3", "K4", "K5", "ou"}
+    assert record["environment"]["torch"] and record["settings"]["seed"] == 0
+    for result in record["results"]:
+        for way in result["ways"]:
+            assert way["failure"] is None and len(way["milliseconds"]["all"]) == 2, way
+            exact = "float8" not in way["name"]  # eight bits are not the oracle's
+            assert way["difference"] is None or not exact or way["difference"] < 1e-4, (result["case"], way)
+    times.main(["--compare", str(path)])
+    again = capsys.readouterr().out
+    assert all(line in again for line in printed.splitlines())
+
+
+def test_a_library_that_fails_costs_no_other_figures():
+    times = script("benchmarks/kernel_times.py")
+
+    def broken():
+        raise RuntimeError("no such thing\nhere")
+
+    ways = {"oracle": times.Way(lambda: times.torch.ones(2)), "library": times.Way(broken)}
+    (result,) = times.measure([times.Case("K0", {}, ways)], times.torch.device("cpu"), repeats=1)
+    assert result["ways"][0]["milliseconds"] and result["ways"][1]["failure"] == "RuntimeError: no such thing"
+    assert "failed" in times.table(result)
+
+
+def test_rounds_are_split_into_stages_and_projected_by_name(tmp_path, capsys):
+    rounds, path, evaluation = script("benchmarks/round.py"), tmp_path / "out.json", tmp_path / "evaluation.json"
+    argv = ["--preset", "tiny", "--device", "cpu", "--contexts", "12", "40", "--budgets", "24", "--repeats", "2"]
+    rounds.main([*argv, "--num-candidates", "4", "--accepted", "5", "--json", str(path)])
+    record = json.loads(path.read_text())
+    assert [result["context"] for result in record["results"]] == [12, 40]
+    stages = {"draft", "heads", "build", "verify", "walk", "commit"}
+    for result in record["results"]:
+        arms = {arm["name"]: arm for arm in result["arms"]}
+        assert set(arms) == {"vanilla", "eager", "reference"}
+        assert set(arms["vanilla"]["stages_milliseconds"]) == {"verify", "walk"}
+        assert set(arms["eager"]["stages_milliseconds"]) == set(arms["reference"]["stages_milliseconds"]) == stages
+        assert [arm["accepted"] for arm in arms.values()] == [1, 5, 5]
+        assert all(len(arm["round_milliseconds"]["all"]) == 2 for arm in arms.values())
+    capsys.readouterr()
+    trained = {"name": "TreeFlash tree B24 M4", "knobs": {"tree_budget": 24, "num_candidates": 4}, "tau": 3.5}
+    evaluation.write_text(json.dumps({"results": [{"arms": [{"name": "plain", "knobs": {}}, trained]}]}))
+    rounds.main(["--compare", str(path), "--tau", str(evaluation), "--num-candidates", "4"])
+    assert "projection: x vanilla at τ 3.50" in capsys.readouterr().out
+    rounds.main(["--compare", str(path)])
+    assert "projection" not in capsys.readouterr().out
+
+
+def test_every_round_starts_where_the_last_one_did_and_both_ways_draft_the_same_tree():
+    rounds = script("benchmarks/round.py")
+    torch = rounds.torch
+    target, drafter = rounds.random_pair("tiny", torch.device("cpu"), torch.float32)
+    drafter = rounds.with_knobs(drafter, tree_budget=24, num_candidates=4, draft_temperature=0.01)
+    trees = []
+    with torch.no_grad():
+        setting = rounds.Setting(target, drafter, context=20, accepted=6)
+        for name in ("eager", "reference", "eager"):
+            arm = rounds.ARMS[name](setting)
+            for _ in range(3):
+                arm.rewind()
+                arm.round(lambda stage: rounds.nullcontext())
+                trees.append(arm.tree)
+            assert arm.accepted == 6
+            arm.rewind()
+            cache = arm.cache if name == "reference" else arm.prefix.cache
+            assert cache.get_seq_length() == 20 and cache.layers[3].values.shape[2] == 20
+    for tree in (trees[1], trees[2]):
+        assert torch.equal(tree.token_ids, trees[0].token_ids)
+    assert trees[0].depths.max() >= 6

@@ -18,7 +18,7 @@ from tests.hub.pair_on_disk import letter_tokenizer
 from tests.tiny import prompt, tiny_drafter, tiny_target
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors"]
-CODE = ["checkpoints.py", "configuration_treeflash.py", "modeling_treeflash.py"]
+CODE = ["checkpoints.py", "configuration_treeflash.py", "draft_head.py", "modeling_treeflash.py"]
 CUSTOM_GENERATE = [
     f"custom_generate/{name}.py"
     for name in (
@@ -27,6 +27,7 @@ CUSTOM_GENERATE = [
         "candidate_generator",
         "configuration_treeflash",
         "context",
+        "draft_head",
         "generate",
         "generation",
         "logits_process",

@@ -1,0 +1,97 @@
+"""What drafting with an approximate output layer costs in τ: eight-bit weights, a narrowed vocabulary, and both.
+
+    python benchmarks/approximations.py --target FOLDER --drafter FOLDER --prompts prompts.json --json cost.json
+
+τ is a count, so it does not depend on the machine being quiet; speeds are measured with `--repeats` alone.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from hf_treeflash.benchmark import Arm, compare, text_table
+from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair, with_knobs
+
+
+def tree(value: str) -> tuple[int, int]:
+    budget, candidates = value.split(":")
+    return int(budget), int(candidates)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument(
+        "--prompts", required=True, type=Path, help='JSON list of {"prompt": ...} or {"prompt_ids": ...}'
+    )
+    parser.add_argument("--limit", type=int, help="prompts to use, all by default")
+    parser.add_argument("--trees", type=tree, nargs="+", default=[(16, 4), (64, 16)], help="budget:candidates")
+    parser.add_argument("--draft-vocab", type=int, nargs="+", default=[512, 128], help="likely tokens per slot")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=0, help="timed repeats")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    return parser.parse_args(argv)
+
+
+def arms(drafter, trees: list[tuple[int, int]], vocabularies: list[int]) -> list[Arm]:
+    """Return, for every tree, the exact draft and each approximation of it."""
+    approximations = {
+        "exact": {},
+        "float8": {"draft_lm_head": "float8"},
+        **{f"vocab {size}": {"draft_vocab": size} for size in vocabularies},
+        **{f"float8, vocab {size}": {"draft_lm_head": "float8", "draft_vocab": size} for size in vocabularies},
+    }
+    return [
+        Arm(
+            f"B{budget} M{candidates} {name}",
+            with_knobs(drafter, tree_budget=budget, num_candidates=candidates, **knobs),
+        )
+        for budget, candidates in trees
+        for name, knobs in approximations.items()
+    ]
+
+
+def prompts_in(path: Path, tokenizer, limit: int | None) -> list[torch.Tensor]:
+    """Read prompts given as text or as ids, also from a file that holds more than the prompts."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    entries = content if isinstance(content, list) else content["prompts"]
+    return [
+        torch.tensor([entry["prompt_ids"]]) if "prompt_ids" in entry else encode_prompt(tokenizer, entry["prompt"])
+        for entry in entries[:limit]
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    logging.disable_progress_bar()
+    target, tokenizer, drafter = load_pair(args.target, args.drafter, device=args.device, dtype=args.dtype)
+    result = compare(
+        target,
+        [Arm("plain"), *arms(drafter, args.trees, args.draft_vocab)],
+        prompts_in(args.prompts, tokenizer, args.limit),
+        task=args.prompts.stem,
+        max_new_tokens=args.max_new_tokens,
+        repeats=args.repeats,
+        do_sample=False,
+        eos_token_id=None,  # every text has its full length
+    )
+    exact: dict[tuple, float] = {}
+    for arm in result["arms"][1:]:
+        shape = (arm["knobs"]["tree_budget"], arm["knobs"]["num_candidates"])
+        arm["tau_kept"] = arm["tau"] / exact.setdefault(shape, arm["tau"])  # the exact draft comes first
+    print(text_table(result))
+    for arm in result["arms"][1:]:
+        print(f"{arm['name']:32} τ {arm['tau']:.3f}, {arm['tau_kept']:.1%} of the exact draft's")
+    if args.json:
+        record = {**describe_pair(target, tokenizer, drafter), "results": [result]}
+        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

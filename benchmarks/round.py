@@ -1,0 +1,179 @@
+"""Time one round at the shapes of real pairs with random weights, whole and stage by stage.
+
+    python benchmarks/round.py --preset qwen3-4b --json round.json
+    python benchmarks/round.py --compare round.json --tau evaluation.json
+    python benchmarks/round.py --preset tiny --device cpu --contexts 64 --budgets 8
+
+Random weights give honest times and no τ: the walk is made to accept `--accepted` nodes. With the evaluation of a
+trained pair (`end_to_end.py --json`), the table also shows what its τ would make of these rounds: a projection, and
+called one. Texts, criteria and processors are left out: `stages.py` times whole calls of a trained pair.
+"""
+
+import argparse
+import json
+import statistics
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from round_arms import ARMS, Setting
+from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.utils import logging
+
+from hf_treeflash import TreeFlashConfig, TreeFlashDraftModel
+from hf_treeflash.benchmark import environment
+from hf_treeflash.measuring import Stopwatch, columns, host_milliseconds, in_turn, spread
+from hf_treeflash.pairs import with_knobs
+
+STAGES = ("draft", "heads", "build", "verify", "walk", "commit")
+QWEN3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+PRESETS = {
+    "qwen3-4b": QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "qwen3-8b": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+    "tiny": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="qwen3-4b")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--num-candidates", type=int, default=16)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--accepted", type=int, default=7, help="nodes each round accepts, root included")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="bfloat16 by default, float32 on a CPU")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--compare", type=Path, nargs="+", help="print what was measured before, and measure nothing")
+    parser.add_argument("--tau", type=Path, help="evaluation of a trained pair, for a projection")
+    return parser.parse_args(argv)
+
+
+def random_pair(preset: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return an untrained target and drafter of a preset's shape."""
+    shape = {"vocab_size": 151936, "max_position_embeddings": 40960, **PRESETS[preset]}
+    layers = shape["num_hidden_layers"]
+    draft_shape = {**shape, "num_hidden_layers": min(5, layers // 3), "tie_word_embeddings": False}
+    with device:
+        target = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=dtype)
+        config = TreeFlashConfig(**draft_shape, num_target_layers=layers, ar_head="swiglu", mask_token_id=3)
+        drafter = TreeFlashDraftModel._from_config(config, dtype=dtype)
+    return target.eval(), drafter.eval()
+
+
+def split(arm, device: torch.device, repeats: int) -> dict[str, dict[str, Any] | None]:
+    """Time the stages of an arm's round, the device waited for between them."""
+    watch = Stopwatch(device)
+    with ExitStack() as stack:
+        for owner, name, label in arm.inner:
+            stack.enter_context(mock.patch.object(owner, name, watch.around(getattr(owner, name), label)))
+        for _ in range(repeats):
+            arm.rewind()
+            watch.new_round()
+            arm.round(watch.stage)
+    names = [name for name in STAGES if name in watch.rounds[0]]
+    return {name: spread([stages[name] for stages in watch.rounds]) for name in names}
+
+
+def measure(setting: Setting, names: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Time the rounds of every arm in turn, then their stages."""
+    device = setting.target.device
+    arms = {name: ARMS[name](setting) for name in names}
+
+    def timer(arm) -> float:
+        arm.rewind()
+        return host_milliseconds(lambda: arm.round(lambda name: nullcontext()), device)
+
+    timers = {name: lambda arm=arm: timer(arm) for name, arm in arms.items()}
+    in_turn(timers, 3)  # warm-up
+    times = in_turn(timers, repeats)
+    return [
+        {
+            "name": name,
+            "accepted": arm.accepted,
+            "round_milliseconds": spread(times[name]),
+            "stages_milliseconds": split(arm, device, repeats),
+        }
+        for name, arm in arms.items()
+    ]
+
+
+def taus(path: Path, num_candidates: int) -> dict[int, float]:
+    """Read the τ of a trained pair's trees by budget, those of the first temperature."""
+    arms = json.loads(path.read_text(encoding="utf-8"))["results"][0]["arms"]
+    trees = [arm for arm in arms if arm["knobs"] and "marginal" not in arm["name"]]
+    found: dict[int, float] = {}
+    for arm in trees:
+        if arm["knobs"]["num_candidates"] == num_candidates:
+            found.setdefault(arm["knobs"]["tree_budget"], arm["tau"])
+    return found
+
+
+def table(record: dict[str, Any], result: dict[str, Any], tau: dict[int, float]) -> str:
+    """Lay one context and budget out: the round, its stages, and plain steps per round."""
+    budget = result["budget"]
+    heading = [f"{record['settings']['preset']}, context {result['context']}, budget {budget}", "round ms (spread)"]
+    heading += [*STAGES, "vanilla steps"]
+    if budget in tau:
+        heading.append(f"projection: x vanilla at τ {tau[budget]:.2f}")
+    rows = [heading]
+    baseline = next((arm for arm in result["arms"] if arm["name"] == "vanilla"), None)
+    for arm in result["arms"]:
+        time, stages = arm["round_milliseconds"], arm["stages_milliseconds"]
+        row = [arm["name"], f"{time['median']:.3f} ({time['min']:.3f} to {time['max']:.3f})"]
+        row += [f"{stages[name]['median']:.3f}" if name in stages else "" for name in STAGES]
+        steps = None
+        if baseline is not None:  # quotients within one repeat, as the two ran side by side
+            pairs = zip(time["all"], baseline["round_milliseconds"]["all"], strict=True)
+            steps = statistics.median(own / plain for own, plain in pairs)
+        row.append("" if steps is None else f"{steps:.2f}")
+        if budget in tau:
+            row.append("" if steps is None or arm is baseline else f"{tau[budget] / steps:.2f}")
+        rows.append(row)
+    return columns(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    logging.disable_progress_bar()
+    tau = {} if args.tau is None else taus(args.tau, args.num_candidates)
+    for path in args.compare or ():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        print(f"{path.name}: {record['environment']}\n")
+        print("\n\n".join(table(record, result, tau) for result in record["results"]))
+    if args.compare:
+        return
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    torch.manual_seed(args.seed)
+    target, drafter = random_pair(args.preset, device, dtype)
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "compare", "tau")}
+    record = {"environment": environment(target), "settings": settings, "results": []}
+    # A sharp draft makes deep trees, though nothing was learnt; it costs what any other costs.
+    knobs = {"num_candidates": args.num_candidates, "draft_temperature": 0.01}
+    for context in args.contexts:
+        for budget in args.budgets:
+            with torch.no_grad():
+                setting = Setting(target, with_knobs(drafter, tree_budget=budget, **knobs), context, args.accepted)
+                arms = measure(setting, args.arms, args.repeats)
+            record["results"].append({"context": context, "budget": budget, "arms": arms})
+            print(table(record, record["results"][-1], tau), end="\n\n", flush=True)
+            if args.json:  # after every point: a long run that is stopped keeps what it has
+                args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

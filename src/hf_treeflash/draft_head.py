@@ -1,0 +1,214 @@
+"""The target's output layer as the draft reads it, and two cheaper readings of it that never touch the text.
+
+A round reads the whole layer twice, for the shortlists and for the corrected rows. Both may be approximate: they only
+rank the nodes of the tree, and every emitted token is still the target's own choice.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Head = Callable[..., torch.Tensor]
+
+# The float8 copy of each layer and the state of the weight it was made from; dropped with the layer.
+_float8_copies: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+
+class DraftHead:
+    """Calls the target's output layer where it lives, in its dtype.
+
+    Args:
+        lm_head (`nn.Module`):
+            The target's output layer.
+        precision (`str`, *optional*):
+            `"float8"` multiplies with a copy of the weight in eight bits; None calls the layer itself.
+    """
+
+    def __init__(self, lm_head: Any, precision: str | None = None):
+        self.lm_head = lm_head
+        self.float8 = float8_copy(lm_head) if precision == "float8" else None
+
+    def __call__(self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`):
+                Normed states of the drafter.
+            token_ids (`torch.LongTensor` of shape `(tokens,)`, *optional*):
+                Score these tokens only; all by default.
+
+        Returns:
+            `torch.Tensor` of shape `(..., tokens)`.
+        """
+        weight = any_tensor(self.lm_head)
+        # A quantised weight says nothing of the dtype its layer takes.
+        dtype = weight.dtype if weight.is_floating_point() else None
+        hidden_states = hidden_states.to(home_of(self.lm_head), dtype)
+        if self.float8 is not None:
+            logits = (self.float8 if token_ids is None else self.float8.select(token_ids)).product(hidden_states)
+        elif token_ids is None:
+            return self.lm_head(hidden_states)
+        else:
+            logits = F.linear(hidden_states, weight.index_select(0, token_ids))
+        bias = self.lm_head.bias
+        if bias is None:
+            return logits
+        return logits + (bias if token_ids is None else bias.index_select(0, token_ids)).to(logits.dtype)
+
+
+def narrowed(lm_head: Head, logits: torch.Tensor, per_slot: int | None) -> tuple[Head, torch.Tensor | None]:
+    """Return the output layer over the tokens that some slot finds likely, and which these tokens are.
+
+    A token that is likely after some shortlisted token is, by the law of total probability, likely on its slot's own
+    account, so the corrected rows hardly miss the others. What they lose is the normaliser: probabilities are shares
+    of these tokens alone.
+
+    Args:
+        lm_head (`Callable`):
+            Takes states and, optionally, the tokens to score.
+        logits (`torch.Tensor` of shape `(batch, slots, vocab)`):
+            Of the slots before any correction.
+        per_slot (`int`, *optional*):
+            How many tokens each slot contributes. None: the layer as it is.
+
+    Returns:
+        `tuple`: the layer, and the token behind each of its columns, int64 of shape `(columns,)`; None for all tokens.
+    """
+    if per_slot is None:
+        return lm_head, None
+    token_ids, used = union_of_likely(logits, per_slot)
+
+    def score(hidden_states: torch.Tensor) -> torch.Tensor:
+        return lm_head(hidden_states, token_ids).masked_fill(~used, float("-inf"))
+
+    return score, token_ids
+
+
+def union_of_likely(logits: torch.Tensor, per_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the union of every slot's `per_slot` most likely tokens, in ascending order.
+
+    Its shape does not depend on how many they are, which spares the host a look at the device: unused places hold
+    token 0 and are marked.
+
+    Returns:
+        `tuple`: token ids and which places are used, of shape `(places,)`; the places are a multiple of 16, as float8
+        matrix units want their columns.
+    """
+    vocab = logits.shape[-1]
+    likely = logits.topk(min(per_slot, vocab), dim=-1).indices.flatten().sort().values
+    is_new = F.pad(likely[1:] != likely[:-1], (1, 0), value=True)
+    place = is_new.cumsum(0) - 1
+    places = -(-min(len(likely), vocab) // 16) * 16
+    # Equal tokens share a place, so it does not matter which of them is written last.
+    token_ids = likely.new_zeros(places).scatter_(0, place, likely)
+    return token_ids, torch.arange(places, device=likely.device) <= place[-1]
+
+
+class Float8Rows:
+    """Rows of a weight in `float8_e4m3fn`, each with its own scale.
+
+    Args:
+        rows (`torch.Tensor` of shape `(tokens, hidden_size)`, float8):
+            The scaled rows.
+        scales (`torch.FloatTensor` of shape `(tokens,)`):
+            What to multiply them with.
+    """
+
+    def __init__(self, rows: torch.Tensor, scales: torch.Tensor):
+        self.rows, self.scales = rows, scales
+
+    def select(self, token_ids: torch.Tensor) -> "Float8Rows":
+        """Return some of the rows."""
+        # As bytes: not every device gathers float8.
+        rows = self.rows.view(torch.uint8).index_select(0, token_ids).view(self.rows.dtype)
+        return Float8Rows(rows, self.scales.index_select(0, token_ids))
+
+    def product(self, states: torch.Tensor) -> torch.Tensor:
+        """Return `states @ rows.T` in bfloat16, the states rounded to float8 row by row as well.
+
+        Devices without float8 matrix units compute the same product in float32: right, but slow.
+        """
+        left, left_scales = to_float8(states.reshape(-1, states.shape[-1]))
+        if self._on_matrix_units():
+            logits = torch._scaled_mm(
+                left,
+                self.rows.t(),
+                scale_a=left_scales[:, None],
+                scale_b=self.scales[None],
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        else:
+            logits = (left.float() @ self.rows.float().t() * left_scales[:, None] * self.scales).bfloat16()
+        return logits.view(*states.shape[:-1], -1)
+
+    def _on_matrix_units(self) -> bool:
+        if not self.rows.is_cuda or any(size % 16 for size in self.rows.shape):
+            return False
+        return torch.cuda.get_device_capability(self.rows.device) >= (8, 9)
+
+
+def to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows scaled to the range of `float8_e4m3fn`, and their scales (float32)."""
+    rows = rows.float()
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    scales = rows.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny * limit) / limit
+    return (rows / scales[:, None]).to(torch.float8_e4m3fn), scales
+
+
+@torch.no_grad()
+def float8_copy(lm_head: nn.Module) -> Float8Rows:
+    """Return the layer's float8 copy; a weight that was moved or written to since gets a new one."""
+    weight: Any = lm_head.weight
+    state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+    made_from, copy = _float8_copies.get(lm_head, (None, None))
+    if copy is None or made_from != state:
+        # A few rows at a time: a whole layer in float32 takes gigabytes.
+        rows, scales = zip(*map(to_float8, weight.split(8192)), strict=True)
+        joined = torch.cat([part.view(torch.uint8) for part in rows]).view(rows[0].dtype)  # bytes: see `select`
+        copy = Float8Rows(joined, torch.cat(scales))
+        _float8_copies[lm_head] = (state, copy)
+    return copy
+
+
+def check_head(lm_head: Any, knobs) -> None:
+    """Refuse knobs that need the rows of the target's output layer where it does not show them.
+
+    Raises:
+        ValueError: Naming the knob and what the layer is.
+    """
+    asked = [name for name in ("draft_lm_head", "draft_vocab") if getattr(knobs, name) is not None]
+    if not asked:
+        return
+    if type(lm_head) is not nn.Linear:
+        found = f"a {type(lm_head).__name__} (quantised, adapted or its own kind of layer)"
+    elif not lm_head.weight.is_floating_point() or lm_head.weight.element_size() < 2:
+        found = f"a layer of {str(lm_head.weight.dtype).removeprefix('torch.')} weights"
+    elif lm_head.weight.is_meta:
+        found = "a layer whose weights are offloaded"
+    else:
+        return
+    raise ValueError(
+        f"`{asked[0]}` drafts with single rows of the target's output layer, so that must be a plain `nn.Linear` with "
+        f"16-bit or 32-bit floating-point weights; this target has {found}. Set `{asked[0]}` to None."
+    )
+
+
+def any_tensor(module: nn.Module) -> torch.Tensor:
+    """Return one of a module's weights; quantised modules may keep them all in buffers."""
+    return next(itertools.chain(module.parameters(), module.buffers()))
+
+
+def home_of(module: nn.Module) -> torch.device:
+    """Return the device a module computes on, also while accelerate keeps its weights elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    execution_device = getattr(hook, "execution_device", None)
+    return any_tensor(module).device if execution_device is None else torch.device(execution_device)
+
+
+__all__ = ["DraftHead", "check_head", "home_of", "narrowed"]
