@@ -21,6 +21,7 @@ CORE = {
     "context",
     "generation",
     "logits_process",
+    "lookahead",
     "lookup",
     "modeling_treeflash",
     "outputs",

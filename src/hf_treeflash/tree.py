@@ -1,16 +1,15 @@
 """The draft tree, and its builder: the most probable nodes under the drafter's transitions."""
 
-import functools
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-Permitted = Callable[[int, list[int]], torch.Tensor]
+Permitted = Callable[[list[int]], torch.Tensor]
 
 
 class NodeTable(NamedTuple):
@@ -98,14 +97,14 @@ def build_tree(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> Draft
 
 
 def build_tables(
-    transitions, anchor_ids: torch.Tensor, tree_budget: int, permitted: Permitted | None = None
+    transitions, anchor_ids: torch.Tensor, tree_budget: int, permitted: Sequence[Permitted] | None = None
 ) -> list[NodeTable]:
     """Build the same trees on the host, one table per row, with what only the host can do.
 
     Args:
-        permitted (`Callable`, *optional*):
-            Given (row, tokens after the anchor), the tokens that may follow, as a boolean tensor over the vocabulary.
-            No node is spent on others, and the rest share their probability.
+        permitted (`Sequence[Callable]`, *optional*):
+            For each row, given tokens after the anchor, those that may follow, as a boolean tensor over the
+            vocabulary. No node is spent on others, and the rest share their probability.
     """
     tables = [table.cpu().numpy() for table in transitions]
     return [
@@ -113,7 +112,7 @@ def build_tables(
             [table[row] for table in tables],
             anchor,
             tree_budget,
-            None if permitted is None else functools.partial(permitted, row),
+            None if permitted is None else permitted[row],
         )
         for row, anchor in enumerate(anchor_ids.tolist())
     ]

@@ -53,7 +53,7 @@ def test_a_grammar_raises_block_efficiency(target, monkeypatch):
     """Forced tokens are certain, so a draft that knows the grammar gets further on the same budget."""
     drafter = with_knobs(tiny_drafter(), tree_budget=16, num_candidates=VOCAB, branching=VOCAB)
     pruned = run(target, drafter, prefix_allowed_tokens_fn=json_like, max_new_tokens=60).block_efficiency
-    monkeypatch.setattr("hf_treeflash.logits_process.MASKING", ())
+    monkeypatch.setattr("hf_treeflash.lookahead.MASKING", ())
     blind = run(target, drafter, prefix_allowed_tokens_fn=json_like, max_new_tokens=60).block_efficiency
     assert pruned > 1.5 * blind
 
