@@ -7,7 +7,7 @@ import time
 import torch
 from transformers import GenerationMixin
 
-from .budget import AutoBudget
+from .budget import auto_budget
 from .cache import PrefixCache, check_restorable, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
 from .context import Context, count_positions, recall_context, remember_context, tapped_states
@@ -61,7 +61,7 @@ class TreeDecoding:
             target.get_output_embeddings(),
             temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
         )
-        self.auto = AutoBudget(drafter, len(self.rows)) if self.generator.knobs.is_auto else None
+        self.auto = auto_budget(drafter, len(self.rows)) if self.generator.knobs.is_auto else None
         quotes = generation_config.prompt_lookup_num_tokens is not None
         self.lookup = PromptLookup(generation_config, len(self.rows)) if quotes else None
 

@@ -186,7 +186,7 @@ def can_fork(processor: LogitsProcessor) -> bool:
     """
     # Looked up among what is loaded: it need not be installed. Its early versions cannot fork.
     grammar = type(processor).__module__ == "xgrammar.contrib.hf"
-    return hasattr(processor, "fork") or grammar and hasattr(sys.modules["xgrammar"].GrammarMatcher, "fork")
+    return hasattr(processor, "fork") or (grammar and hasattr(sys.modules["xgrammar"].GrammarMatcher, "fork"))
 
 
 def fork(processor, row: int = 0) -> LogitsProcessor:
