@@ -23,6 +23,7 @@ CORE = {
     "generation",
     "head_rows",
     "logits_process",
+    "lookahead",
     "lookup",
     "modeling_treeflash",
     "outputs",

@@ -1,39 +1,58 @@
 """`tree_budget="auto"`: as many nodes per round as pay for themselves, down to none at all."""
 
 import weakref
+from dataclasses import dataclass, field
 
 from .tree import DraftTree
 
 SIZES = (8, 16, 32, 64)
 PLAIN = 1  # a tree of the root alone: no draft, one token
+RESTS = (64, 256)  # rounds of the longest rest, at first and after failing again and again
 
-# Seconds per round by tree size, learnt once per drafter and batch size and kept between calls.
-_seconds: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+@dataclass
+class Learnt:
+    """What holds for a drafter at any batch size, kept between calls."""
+
+    accepted: float = 4.0  # drafted tokens the target agreed with, decayed
+    foreseen: float = 4.0  # those the drafter's probabilities promised
+    slope: float = 0.0  # seconds per node and row
+    budgets: dict[int, "AutoBudget"] = field(default_factory=dict)
+
+
+_learnt: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+
+def auto_budget(drafter, batch: int) -> "AutoBudget":
+    """Return the controller of a drafter at a batch size; calls go on where the last one stopped."""
+    learnt = _learnt.setdefault(drafter, Learnt())
+    return learnt.budgets.setdefault(batch, AutoBudget(batch, learnt))
 
 
 class AutoBudget:
     """Picks each round's tree size to maximise expected tokens per second, from measured round times.
 
-    Rounds of every size are timed, the drafter's probabilities are calibrated by what was accepted, and while
-    drafting does not beat one token per plain pass it rests, trying again after ever longer breaks.
+    The smallest size is tried first and a larger one only when it promises more. Drafting that loses against plain
+    decoding rests until the loss is a few percent of the time since.
 
     Args:
-        drafter ([`PreTrainedModel`]):
-            Whose measurements to use and extend.
         batch (`int`):
             Rows of the call.
+        learnt ([`Learnt`]):
+            What to share with other batch sizes.
     """
 
-    def __init__(self, drafter, batch: int):
-        self.seconds: dict[int, float] = _seconds.setdefault(drafter, {}).setdefault(batch, {})
-        self.calibration = 1.0  # accepted tokens per expected one
+    def __init__(self, batch: int, learnt: Learnt):
+        self.batch, self.learnt = batch, learnt
+        self.seconds: dict[int, float] = {}  # per round, by tree size
+        self.rounds = self.resting = 0
+        self.longest_rest = RESTS[0]
         self.tokens = self.elapsed = 0.0  # decayed sums over drafted rounds
-        self.drafted_rounds = self.resting = 0
-        self.rest = 8
-        self._expected = 0.0
+        self._foreseen: float | None = None  # drafted tokens promised in this round, if it drafts
 
     def drafts(self) -> bool:
         """Whether to draft in the coming round."""
+        self._foreseen = None
         if PLAIN not in self.seconds:
             return False
         if self.resting > 0:
@@ -48,12 +67,22 @@ class AutoBudget:
             tree ([`DraftTree`]):
                 Of the largest size.
         """
-        gains = self.calibration * tree.path_log_probs[:, 1:].exp().mean(dim=0).cumsum(0)
         available = tree.token_ids.shape[1]
-        expected = {size: 1 + float(gains[size - 2]) for size in SIZES if size <= available} or {available: 1.0}
-        untried = [size for size in expected if size not in self.seconds]
-        best = untried[0] if untried else max(expected, key=lambda size: expected[size] / self.seconds[size])
-        self._expected = (expected[best] - 1) / self.calibration
+        gains = tree.path_log_probs[:, 1:].exp().mean(dim=0).cumsum(0).tolist()
+        foreseen = {size: gains[size - 2] for size in SIZES if size <= available}
+        foreseen = foreseen or {available: gains[-1] if gains else 0.0}
+        trust = self.learnt.accepted / self.learnt.foreseen
+        best, best_rate = min(foreseen), 0.0
+        for size, gain in foreseen.items():
+            untried = size not in self.seconds
+            if untried and best_rate * self.seconds[PLAIN] < 0.8 and size > best:
+                break  # where small trees clearly lose, larger ones are not worth a try
+            rate = (1 + trust * gain) / self._estimate(size)
+            if rate > best_rate:
+                best, best_rate = size, rate
+            if untried:  # one step up at a time
+                break
+        self._foreseen = foreseen[best]
         return best
 
     def observe(self, tree: DraftTree, verdicts: list, seconds: float) -> None:
@@ -68,28 +97,50 @@ class AutoBudget:
                 Time of the whole round.
         """
         size = tree.token_ids.shape[1]
-        tokens = sum(len(verdict.path) for verdict in verdicts) / len(verdicts)
-        known = self.seconds.setdefault(size, seconds)
-        # One slow round is noise; a drift, as the context grows, concerns every size.
-        ratio = min(max(seconds / known, 0.5), 2.0)
-        for other in self.seconds:
-            self.seconds[other] *= ratio ** (0.2 if other == size else 0.05)
-        if size == PLAIN:
+        if self._foreseen is None or size > PLAIN:  # else a draft came to nothing, and was not free
+            self._time(size, seconds)
+        if self._foreseen is None:
             return
-        self.drafted_rounds += 1
-        self.tokens, self.elapsed = 0.85 * self.tokens + tokens, 0.85 * self.elapsed + self.seconds[size]
-        if self._expected > 0:
-            seen = min(max((tokens - 1) / self._expected, 0.1), 3.0)
-            self.calibration += 0.1 * (seen - self.calibration)
+        tokens = sum(len(verdict.path) for verdict in verdicts) / len(verdicts)
+        learnt, promised = self.learnt, self._foreseen
+        # Half of what was seen and half of what was foreseen: one round alone is chance.
+        seen = 0.5 * (tokens + 1 + promised * learnt.accepted / learnt.foreseen)
+        learnt.accepted = 0.95 * learnt.accepted + tokens - 1 + 1e-3
+        learnt.foreseen = 0.95 * learnt.foreseen + promised + 1e-3
+        self.rounds += 1
+        self.tokens = 0.85 * self.tokens + seen
+        self.elapsed = 0.85 * self.elapsed + self._estimate(size if size > PLAIN else min(SIZES))
         self._consider_a_rest()
 
+    def _estimate(self, size: int) -> float:
+        """Seconds of a round: measured, or drawn on from the next smaller size."""
+        below = max((known for known in self.seconds if known <= size), default=PLAIN)
+        return self.seconds[below] + self.learnt.slope * self.batch * (size - below)
+
+    def _time(self, size: int, seconds: float) -> None:
+        if size not in self.seconds:
+            # What runs for the first time may be slow for that alone.
+            self.seconds[size] = min(seconds, 2 * self._estimate(size)) if len(self.seconds) > 1 else seconds
+        ratio = min(seconds / self.seconds[size], 2.0)
+        self.seconds[size] *= ratio ** (0.5 if ratio < 1 else 0.25)
+        for other in self.seconds:
+            if other > PLAIN < size and other != size:
+                self.seconds[other] *= 0.995  # what is passed over looks better, until it is tried again
+        below = max((known for known in self.seconds if PLAIN < known < size), default=None)
+        if below is not None:
+            self.learnt.slope = max(self.seconds[size] - self.seconds[below], 0) / ((size - below) * self.batch)
+
     def _consider_a_rest(self) -> None:
-        if self.tokens * self.seconds[PLAIN] >= self.elapsed:
-            self.rest = 8
-        elif self.drafted_rounds >= 4:
-            self.resting, self.rest = self.rest, min(2 * self.rest, 128)
-            self.drafted_rounds = 2  # a couple of rounds decide the next time
-            self.tokens = self.elapsed = 0.0
+        """The clearer the loss, the fewer rounds decide; a rest is as long as makes the loss 3 % of it."""
+        plain = self.seconds[PLAIN]
+        rate = self.tokens * plain / self.elapsed
+        if rate >= 1:
+            self.longest_rest = RESTS[0]
+        elif rate < 1 - 0.4 / self.rounds:
+            lost = self.elapsed / plain - self.tokens
+            self.resting = min(max(8, int(lost / 0.03)), self.longest_rest)
+            self.longest_rest = min(2 * self.longest_rest, RESTS[1])
+            self.rounds, self.tokens, self.elapsed = 1, 0.0, 0.0  # the next time one clear loss is enough
 
 
-__all__ = ["PLAIN", "SIZES", "AutoBudget"]
+__all__ = ["PLAIN", "SIZES", "AutoBudget", "auto_budget"]

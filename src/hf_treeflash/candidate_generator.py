@@ -14,8 +14,9 @@ from .cache import PrefixCache
 from .configuration_treeflash import DRAFTING_DEFAULTS
 from .context import Context
 from .draft_head import DraftHead, check_head, home_of
+from .lookahead import Lookahead
 from .lookup import graft
-from .tree import DraftTree, Permitted, build_tables, build_tree, tree_from_tables
+from .tree import DraftTree, build_tables, build_tree, tree_from_tables
 from .verify import additive_mask
 
 logger = logging.get_logger(__name__)
@@ -109,7 +110,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         self,
         anchor_ids: torch.Tensor,
         context: Context,
-        permitted: Permitted | None = None,
+        permitted: list[Lookahead] | None = None,
         lookup: tuple[list[list[int]], float] | None = None,
     ) -> DraftTree:
         """Read the new context and draft the trees of one round.
@@ -119,8 +120,8 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
                 Newest committed tokens, whose states the target has not computed yet.
             context ([`Context`]):
                 States of the positions committed since the last call.
-            permitted (`Callable`, *optional*):
-                Which tokens the call's processors leave possible, see [`build_tables`].
+            permitted (`list[Lookahead]`, *optional*):
+                For each row, which tokens the call's processors leave possible after a path.
             lookup (`tuple[list[list[int]], float]`, *optional*):
                 For each row a chain of tokens to graft into its tree, and the probability of each token.
 
@@ -160,6 +161,8 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         tables = build_tables(transitions, anchor_ids, budget, permitted)
         if lookup is not None:
             chains, trust = lookup
+            if permitted is not None:
+                chains = [row.longest(chain) for row, chain in zip(permitted, chains, strict=True)]
             tables = [graft(table, chain, trust, budget) for table, chain in zip(tables, chains, strict=True)]
         return tree_from_tables(tables)
 

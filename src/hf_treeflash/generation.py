@@ -7,11 +7,12 @@ import time
 import torch
 from transformers import GenerationMixin
 
-from .budget import AutoBudget
+from .budget import auto_budget
 from .cache import PrefixCache, check_restorable, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
 from .context import Context, count_positions, recall_context, remember_context, tapped_states
 from .logits_process import TreeLogitsProcessor
+from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
 from .outputs import Recorder
 from .sequences import Sequences
@@ -51,6 +52,7 @@ class TreeDecoding:
         self.rows = list(range(input_ids.shape[0]))  # those still being written
         self.sequences = Sequences(input_ids, stopping_criteria)
         self.processor = TreeLogitsProcessor(logits_processor, batch=len(self.rows))
+        self.prunes = bool(askable(logits_processor))
         self.recorder = Recorder(generation_config, len(self.rows))
         self.acceptance_lengths: list[list[int]] = [[] for _ in self.rows]
         self.generator = TreeFlashCandidateGenerator(
@@ -59,7 +61,7 @@ class TreeDecoding:
             target.get_output_embeddings(),
             temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
         )
-        self.auto = AutoBudget(drafter, len(self.rows)) if self.generator.knobs.is_auto else None
+        self.auto = auto_budget(drafter, len(self.rows)) if self.generator.knobs.is_auto else None
         quotes = generation_config.prompt_lookup_num_tokens is not None
         self.lookup = PromptLookup(generation_config, len(self.rows)) if quotes else None
 
@@ -122,7 +124,7 @@ class TreeDecoding:
         tree = self.generator.draft_tree(
             self.anchor_ids,
             functools.reduce(Context.followed_by, self.unread),
-            self.permitted if self.processor.masking else None,
+            self.lookaheads() if self.prunes else None,
             None if self.lookup is None else self.lookup.find(self.rows, self.sequences),
         )
         self.unread = []
@@ -130,12 +132,10 @@ class TreeDecoding:
             tree = tree.first(self.auto.size(tree))
         return tree.to(self.anchor_ids.device)
 
-    def permitted(self, index: int, path: list[int]) -> torch.Tensor:
-        """Return which tokens may follow a path from the anchor of a row of the batch."""
-        row = self.rows[index]
-        prefix = self.sequences.prefix(row)
-        prefix = torch.cat([prefix, prefix.new_tensor([path])], dim=1)
-        return self.processor.permitted(row, prefix, self.drafter.config.vocab_size)
+    def lookaheads(self) -> list[Lookahead]:
+        """Return for each row of the batch what can say which tokens may follow its text."""
+        vocab_size = self.drafter.config.vocab_size
+        return [Lookahead(self.processor.by_row[row], self.sequences.prefix(row), vocab_size) for row in self.rows]
 
     def verify(self, tree: DraftTree):
         """Run the target once over the trees; return its output, one row of logits per node."""

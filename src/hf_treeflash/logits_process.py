@@ -1,6 +1,7 @@
 """The call's logits processors along the paths of a tree."""
 
 import copy
+import sys
 
 import torch
 from transformers import (
@@ -87,9 +88,7 @@ class TreeLogitsProcessor(LogitsProcessor):
         self.batch = batch
         # Exact types: a subclass may look at the prefix.
         self.prefix_independent = all(type(processor) in PREFIX_INDEPENDENT for processor in processors)
-        self.masking = LogitsProcessorList(processor for processor in processors if type(processor) in MASKING)
-        rows = range(batch) if batch > 1 else ()
-        self.by_row = [[for_row(processor, row) for processor in processors] for row in rows]
+        self.by_row = [[for_row(processor, row, batch) for processor in processors] for row in range(batch)]
 
     def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
         """Process one node per row of the call; shapes as for any [`LogitsProcessor`].
@@ -118,37 +117,9 @@ class TreeLogitsProcessor(LogitsProcessor):
         """
         if self.batch == 1 or self.prefix_independent:
             return self(prefix, logits)
-        scores = logits
         for processor in self.by_row[row]:
-            if type(processor) in (*ROW_BY_ROW, PrefixConstrainedLogitsProcessor):
-                scores = processor(prefix, scores)
-            else:  # the row keeps its index among copies of itself
-                copies = scores.repeat(self.batch, 1)
-                scores = processor(prefix.expand(self.batch, -1), copies)[row : row + 1]
-        return scores
-
-    def permitted(self, row: int, prefix: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Return which tokens the call's processors leave possible after a prefix.
-
-        Args:
-            row (`int`):
-                Index of the row in the call.
-            prefix (`torch.LongTensor` of shape `(1, length)`):
-                The row's tokens.
-            vocab_size (`int`):
-                Width of the scores.
-
-        Returns:
-            `torch.BoolTensor` of shape `(vocab_size,)` on the host.
-        """
-        scores = torch.zeros(1, vocab_size, device=prefix.device)
-        try:
-            for processor in self.by_row[row] if self.by_row else self.masking:
-                if type(processor) in MASKING:
-                    scores = processor(prefix, scores)
-        except ValueError:  # a constraint that nothing satisfies: the text may never come to this
-            return torch.zeros(vocab_size, dtype=torch.bool)
-        return (scores[0] > float("-inf")).cpu()
+            logits = processor(prefix, logits)
+        return logits
 
     def whole_tree(self, logits: torch.Tensor) -> torch.Tensor:
         """Process all nodes in one call, which prefix-independent processors allow.
@@ -162,25 +133,81 @@ class TreeLogitsProcessor(LogitsProcessor):
         return self(None, logits.flatten(0, 1).float()).view(logits.shape)
 
 
-def for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+class AmongCopies(LogitsProcessor):
+    """A copy of a processor that one row has to itself, and in which it keeps its index among copies of the row.
+
+    Args:
+        processor ([`LogitsProcessor`]):
+            The copy.
+        row (`int`):
+            Index of the row in the call.
+        batch (`int`):
+            Rows of the call.
+    """
+
+    def __init__(self, processor: LogitsProcessor, row: int, batch: int):
+        self.processor, self.row, self.batch = processor, row, batch
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Process the one row; shapes `(1, length)` and `(1, vocab)`."""
+        copies = scores.repeat(self.batch, 1)
+        return self.processor(input_ids.expand(self.batch, -1), copies)[self.row : self.row + 1]
+
+
+def for_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcessor:
     """Return a processor for one row of a batch: rows grow at their own pace, so they cannot share a call or a state.
 
     Raises:
         ValueError: If a processor that may keep a state cannot be copied.
     """
-    if type(processor) in ROW_BY_ROW:
+    if batch == 1 or type(processor) in ROW_BY_ROW:
         return processor
     if type(processor) is PrefixConstrainedLogitsProcessor:
         allowed = processor._prefix_allowed_tokens_fn
         return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+    if can_fork(processor):
+        return fork(processor, row)
     held = getattr(processor, "__dict__", {}).values()
     try:
-        return copy.deepcopy(processor, {id(value): value for value in held if isinstance(value, torch.nn.Module)})
+        own = copy.deepcopy(processor, {id(value): value for value in held if isinstance(value, torch.nn.Module)})
     except Exception as error:
         raise ValueError(
             f"{type(processor).__name__} cannot be copied ({error}), which a batch needs: each row advances at its "
             "own pace and has a copy of the processors to itself. Pass one prompt at a time."
         ) from error
+    return AmongCopies(own, row, batch)
 
 
-__all__ = ["TreeLogitsProcessor"]
+def can_fork(processor: LogitsProcessor) -> bool:
+    """Whether a processor with a state can be asked about a text ahead of time.
+
+    It rules tokens out, advances by the last token at every call, and either has a method `fork(row)` that returns a
+    processor for that row alone, going on from the present state, or is xgrammar's, for which we do the same.
+    """
+    # Looked up among what is loaded: it need not be installed. Its early versions cannot fork.
+    grammar = type(processor).__module__ == "xgrammar.contrib.hf"
+    return hasattr(processor, "fork") or (grammar and hasattr(sys.modules["xgrammar"].GrammarMatcher, "fork"))
+
+
+def fork(processor, row: int = 0) -> LogitsProcessor:
+    """Return a processor for one row that goes on from the present state, and leaves the original where it is.
+
+    Args:
+        processor ([`LogitsProcessor`]):
+            One that [`can_fork`].
+        row (`int`, *optional*, defaults to 0):
+            Index of the row among those the processor sees.
+    """
+    if hasattr(processor, "fork"):
+        return processor.fork(row)
+    grammars = processor.compiled_grammars
+    twin = type(processor)(grammars[row if len(grammars) > 1 else 0])
+    if processor.matchers:
+        twin.batch_size, twin.prefilled = 1, processor.prefilled
+        twin.matchers = [processor.matchers[row].fork()]
+        # A matcher that has ended fills no mask: the last one goes on to hold.
+        twin.token_bitmask = processor.token_bitmask[row : row + 1].clone()
+    return twin
+
+
+__all__ = ["MASKING", "TreeLogitsProcessor", "can_fork", "fork"]

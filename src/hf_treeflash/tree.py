@@ -3,14 +3,14 @@
 import functools
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-Permitted = Callable[[int, list[int]], torch.Tensor]
+Permitted = Callable[[list[int]], torch.Tensor]
 # A row's next tokens, their log-probabilities (nats) and the rows of the next depth that continue them (-1: none).
 Children = tuple[list[int], list[float], list[int]]
 
@@ -100,16 +100,16 @@ def build_tree(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> Draft
 
 
 def build_tables(
-    transitions, anchor_ids: torch.Tensor, tree_budget: int, permitted: Permitted | None = None
+    transitions, anchor_ids: torch.Tensor, tree_budget: int, permitted: Sequence[Permitted] | None = None
 ) -> list[NodeTable]:
     """Build the same trees on the host, one table per row, with what only the host can do.
 
     Args:
         transitions ([`Transitions`] or [`HeadRows`]):
             All rows of the tables, or rows that are computed as the trees reach them.
-        permitted (`Callable`, *optional*):
-            Given (row, tokens after the anchor), the tokens that may follow, as a boolean tensor over the vocabulary.
-            No node is spent on others, and the rest share their probability.
+        permitted (`Sequence[Callable]`, *optional*):
+            For each row, given tokens after the anchor, those that may follow, as a boolean tensor over the
+            vocabulary. No node is spent on others, and the rest share their probability.
     """
     rows = TableRows(transitions) if isinstance(transitions, tuple) else transitions
     anchors = anchor_ids.tolist()
@@ -118,7 +118,7 @@ def build_tables(
         missing: list[tuple[int, int, int]] = []
         for index, anchor in enumerate(anchors):
             if index not in tables:
-                allowed = None if permitted is None else functools.partial(permitted, index)
+                allowed = None if permitted is None else permitted[index]
                 table, lacking = best_first(functools.partial(rows.read, index), anchor, tree_budget, allowed)
                 missing += [(index, depth, row) for depth, row in lacking]
                 if not lacking:

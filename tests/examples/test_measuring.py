@@ -44,6 +44,16 @@ def test_generate_streams_and_measures(places, tmp_path, capsys):
     assert all(arm["identical"] for arm in record["results"][0]["arms"])
 
 
+def test_constrained_json_is_plain_generates_json(capsys):
+    pytest.importorskip("xgrammar")
+    example = script("examples/constrained_json.py")
+    example.main(["--max-new-tokens", "60"])  # the embedded pair, whose tokenizer can write JSON
+    output = capsys.readouterr().out
+    assert "identical: yes" in output
+    text = json.loads(output[output.index("{") :])
+    assert list(text) == example.PERSON["required"]
+
+
 def test_generate_wants_a_prompt(places, capsys):
     with pytest.raises(SystemExit):
         script("examples/generate.py").main(options(places, "--target", "--drafter"))

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from hf_treeflash import generation
-from hf_treeflash.budget import PLAIN, AutoBudget
 from hf_treeflash.lookup import PromptLookup, graft
-from hf_treeflash.tree import NodeTable, build_tables, tree_from_tables
-from hf_treeflash.verify import Verdict
+from hf_treeflash.tree import build_tables, tree_from_tables
 from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
 
 
@@ -53,7 +51,7 @@ def test_a_grammar_raises_block_efficiency(target, monkeypatch):
     """Forced tokens are certain, so a draft that knows the grammar gets further on the same budget."""
     drafter = with_knobs(tiny_drafter(), tree_budget=16, num_candidates=VOCAB, branching=VOCAB)
     pruned = run(target, drafter, prefix_allowed_tokens_fn=json_like, max_new_tokens=60).block_efficiency
-    monkeypatch.setattr("hf_treeflash.logits_process.MASKING", ())
+    monkeypatch.setattr("hf_treeflash.lookahead.MASKING", ())
     blind = run(target, drafter, prefix_allowed_tokens_fn=json_like, max_new_tokens=60).block_efficiency
     assert pruned > 1.5 * blind
 
@@ -75,59 +73,6 @@ def test_automatic_budget_keeps_the_text(family, batch):
     drafter = with_knobs(tiny_drafter(), tree_budget="auto")
     for seed in range(2):
         run(tiny_target(family), drafter, prompt(batch=batch, seed=seed), max_new_tokens=60)
-
-
-def fake_tree(probability, nodes=64):
-    table = NodeTable([0], [-1], [0], [0.0], [1])
-    for node in range(1, nodes):  # a chain whose every node is this likely, given those before it
-        table.token_ids.append(node)
-        table.parents.append(node - 1)
-        table.depths.append(node)
-        table.path_log_probs.append(node * torch.tensor(probability).log().item())
-        table.ancestors.append(table.ancestors[node - 1] | 1 << node)
-    return tree_from_tables([table])
-
-
-def simulate(budget, seconds, probability, rounds=60):
-    """Run the controller against a machine with known round times; return the sizes it chose."""
-    chosen = []
-    for _ in range(rounds):
-        if budget.drafts():
-            tree = fake_tree(probability)
-            tree = tree.first(budget.size(tree))
-        else:
-            tree = fake_tree(probability, nodes=1)
-        nodes = tree.token_ids.shape[1]
-        accepted = min(nodes - 1, round(probability / (1 - probability)))
-        budget.observe(tree, [Verdict(list(range(accepted + 1)), [], False)], seconds[nodes])
-        chosen.append(nodes)
-    return chosen
-
-
-def test_the_budget_follows_measured_costs():
-    flat = {1: 1.0, 8: 1.2, 16: 1.2, 32: 1.25, 64: 1.3}
-    steep = {1: 1.0, 8: 1.3, 16: 2.4, 32: 5.0, 64: 10.0}
-    hopeless = {1: 1.0, 8: 3.0, 16: 4.0, 32: 5.0, 64: 6.0}
-    assert simulate(AutoBudget(torch.nn.Linear(1, 1), 1), flat, 0.95)[-1] == 64
-    assert simulate(AutoBudget(torch.nn.Linear(1, 1), 1), steep, 0.8)[-1] == 8
-    chosen = simulate(AutoBudget(torch.nn.Linear(1, 1), 1), hopeless, 0.3, rounds=200)
-    assert chosen[20:].count(PLAIN) > 150  # it rests, and tries again now and then
-    assert any(size != PLAIN for size in chosen[60:])
-
-
-def test_the_budget_recovers_when_drafting_pays_again():
-    budget = AutoBudget(torch.nn.Linear(1, 1), 1)
-    costs = {1: 1.0, 8: 1.3, 16: 1.4, 32: 1.6, 64: 2.0}
-    simulate(budget, costs, 0.1, rounds=60)
-    chosen = simulate(budget, costs, 0.9, rounds=200)
-    assert chosen[-30:].count(PLAIN) == 0
-
-
-def test_measurements_are_kept_between_calls_and_go_with_the_drafter():
-    drafter = torch.nn.Linear(1, 1)
-    simulate(AutoBudget(drafter, 1), {1: 1.0, 8: 1.2, 16: 1.3, 32: 1.4, 64: 1.5}, 0.9)
-    assert set(AutoBudget(drafter, 1).seconds) == {1, 8, 16, 32, 64}
-    assert not AutoBudget(drafter, 2).seconds
 
 
 @pytest.mark.parametrize("batch", [1, 2])

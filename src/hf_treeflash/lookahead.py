@@ -1,0 +1,70 @@
+"""What a call's processors leave possible along paths that are not written yet, so that drafts can be pruned."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+from .logits_process import MASKING, can_fork, fork
+
+
+class Lookahead:
+    """Answers for one row and one round; processors with a state are asked through forks, and stay where they are.
+
+    Args:
+        processors (`Sequence[LogitsProcessor]`):
+            The row's own, in order; those that cannot be asked are left out.
+        prefix (`torch.LongTensor` of shape `(1, length)`):
+            The row's tokens so far.
+        vocab_size (`int`):
+            Width of the scores.
+    """
+
+    def __init__(self, processors: Sequence[LogitsProcessor], prefix: torch.Tensor, vocab_size: int):
+        self.processors = askable(processors)
+        self.prefix, self.vocab_size = prefix, vocab_size
+        self.after: dict[tuple[int, ...], list[LogitsProcessor]] = {}  # what has read a path and can go on from it
+        self.answers: dict[tuple[int, ...], torch.Tensor] = {}  # a builder that waits for the drafter asks again
+
+    def __call__(self, path: list[int]) -> torch.Tensor:
+        """Return which tokens may follow a path from the end of the text.
+
+        Args:
+            path (`list[int]`):
+                Tokens of which each may follow those before it; all but the last have been asked about.
+
+        Returns:
+            `torch.BoolTensor` of shape `(vocab_size,)` on the host.
+        """
+        key = tuple(path)
+        if key not in self.answers:
+            self.answers[key] = self._ask(path)
+        return self.answers[key]
+
+    def _ask(self, path: list[int]) -> torch.Tensor:
+        before = self.after[tuple(path[:-1])] if path else self.processors
+        processors = [fork(processor) if can_fork(processor) else processor for processor in before]
+        ids = torch.cat([self.prefix, self.prefix.new_tensor([path])], dim=1)
+        scores = torch.zeros(1, self.vocab_size, device=ids.device)
+        try:
+            for processor in processors:
+                scores = processor(ids, scores)
+        except ValueError:  # a constraint that nothing satisfies: the text may never come to this
+            return torch.zeros(self.vocab_size, dtype=torch.bool)
+        self.after[tuple(path)] = processors
+        return (scores[0] > float("-inf")).cpu()
+
+    def longest(self, chain: list[int]) -> list[int]:
+        """Return as much of a chain of tokens as may be emitted."""
+        for depth, token in enumerate(chain):
+            if not self(chain[:depth])[token]:
+                return chain[:depth]
+        return chain
+
+
+def askable(processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
+    """Return those of a call's processors that rule tokens out and can be asked ahead of time."""
+    return [processor for processor in processors if type(processor) in MASKING or can_fork(processor)]
+
+
+__all__ = ["Lookahead", "askable"]
