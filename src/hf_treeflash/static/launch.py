@@ -1,0 +1,113 @@
+"""How a round is launched: as it is, with compiled models, or replayed as one CUDA graph."""
+
+from contextlib import nullcontext
+
+import torch
+from transformers import CompileConfig, GenerationConfig
+from transformers.utils import logging
+
+from .round import StaticRound
+
+logger = logging.get_logger(__name__)
+
+# Modes of inductor that would record CUDA graphs of their own inside ours.
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+# One compilation per span and session; the default of 8 would leave later ones uncompiled.
+RECOMPILE_LIMIT = 64
+SMALLEST_SPAN = 256
+
+
+def compile_options(config: CompileConfig) -> dict:
+    """Translate a call's `compile_config` for `torch.compile`."""
+    options = {"backend": config.backend, "fullgraph": config.fullgraph, "dynamic": bool(config.dynamic)}
+    if config.options:
+        options["options"] = config.options
+    elif config.backend == "inductor":
+        options["mode"] = WITHOUT_GRAPHS.get(config.mode, config.mode)
+    return options
+
+
+class Launcher:
+    """Launches rounds, and keeps what was compiled and recorded for them.
+
+    On CUDA both models are compiled and the round is recorded as a graph, once per span; on other devices models are
+    compiled where the call has a `compile_config`. `disable_compile` turns both off. What cannot be compiled or
+    recorded runs as it is, after a warning.
+
+    Args:
+        round ([`StaticRound`]):
+            The round.
+        generation_config ([`GenerationConfig`]):
+            Of the call: `compile_config` and `disable_compile`.
+    """
+
+    def __init__(self, round: StaticRound, generation_config: GenerationConfig):
+        self.round = round
+        on_cuda, config = round.device.type == "cuda", generation_config.compile_config
+        self.compiled = (on_cuda or config is not None) and not generation_config.disable_compile
+        self.graphs: dict[int, torch.cuda.CUDAGraph] | None = {} if on_cuda and self.compiled else None
+        self.pool = None if self.graphs is None else torch.cuda.graph_pool_handle()
+        self.seen: set[int] = set()  # spans that were launched
+        if self.compiled:
+            options = compile_options(config or CompileConfig())
+            round.draft_step = torch.compile(round.draft_step, **options)
+            round.target_step = torch.compile(round.target_step, **options)
+
+    def span_of(self, length: int) -> int:
+        """Return how many slots a round looks at, given the longest row: few different numbers, as each is compiled."""
+        needed = length + self.round.tail
+        return min(max(SMALLEST_SPAN, 1 << (needed - 1).bit_length()), self.round.capacity)
+
+    def launch(self, span: int) -> None:
+        """Run one round; a round that fails where it is compiled or recorded has changed nothing yet."""
+        if not self.compiled:
+            self.round.run(span)
+            return
+        try:
+            if self.graphs is None:
+                self._run(span)
+            else:
+                if span not in self.graphs:
+                    self.graphs[span] = self._record(span)
+                self.graphs[span].replay()
+        except Exception as error:
+            if span in self.seen:
+                raise
+            self._stop_compiling(error)
+            self.round.run(span)
+        self.seen.add(span)
+
+    def _run(self, span: int) -> None:
+        patch = nullcontext() if span in self.seen else torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
+        with patch:
+            self.round.run(span)
+
+    def _record(self, span: int) -> torch.cuda.CUDAGraph:
+        saved = [tensor.clone() for tensor in self.round.state]
+
+        def restore() -> None:
+            for tensor, before in zip(self.round.state, saved, strict=True):
+                tensor.copy_(before)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compilation and the libraries' choices, outside the recording
+            for _ in range(2):
+                self._run(span)
+                restore()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self._run(span)
+        return graph
+
+    def _stop_compiling(self, error: Exception) -> None:
+        logger.warning_once(
+            f"{type(self.round.target).__name__} with its drafter runs uncompiled under cache_implementation='static'; "
+            f"the text is the same. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
+        self.compiled, self.graphs = False, None
+        self.round.steps_uncompiled()
+
+
+__all__ = ["Launcher"]
