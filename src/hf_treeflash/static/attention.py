@@ -23,7 +23,8 @@ class TreeAttention:
     def __init__(self, target, starts: torch.Tensor):
         self.target, self.starts = target, starts
         self.config = target.config.get_text_config(decoder=True)
-        self.by_kernel = bool(getattr(target, "_supports_attention_backend", False)) and use_triton(starts)
+        supported = getattr(target, "_supports_attention_backend", False) and not target.training
+        self.by_kernel = bool(supported) and use_triton(starts)
 
     def arguments(self, tree: Tree, lengths: torch.Tensor, span: int) -> dict:
         """Return the keyword arguments of a pass over the nodes of a tree.

@@ -54,15 +54,12 @@ class Launcher:
             round.target_step = torch.compile(round.target_step, **options)
 
     def span_of(self, length: int) -> int:
-        """Return how many slots a round looks at, given the longest row: few different numbers, as each is compiled."""
+        """Return how many slots a round looks at, given the longest row: few numbers, as each is compiled."""
         needed = length + self.round.tail
         return min(max(SMALLEST_SPAN, 1 << (needed - 1).bit_length()), self.round.capacity)
 
     def launch(self, span: int) -> None:
-        """Run one round; a round that fails where it is compiled or recorded has changed nothing yet."""
-        if not self.compiled:
-            self.round.run(span)
-            return
+        """Run one round; one that fails on its way to the device has changed nothing yet, and can run plainly."""
         try:
             if self.graphs is None:
                 self._run(span)
@@ -71,15 +68,15 @@ class Launcher:
                     self.graphs[span] = self._record(span)
                 self.graphs[span].replay()
         except Exception as error:
-            if span in self.seen:
+            if span in self.seen or not (self.compiled or self.round.attention.by_kernel):
                 raise
-            self._stop_compiling(error)
+            self._make_plain(error)
             self.round.run(span)
         self.seen.add(span)
 
     def _run(self, span: int) -> None:
-        patch = nullcontext() if span in self.seen else torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
-        with patch:
+        compiles = self.compiled and span not in self.seen
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT) if compiles else nullcontext():
             self.round.run(span)
 
     def _record(self, span: int) -> torch.cuda.CUDAGraph:
@@ -101,13 +98,15 @@ class Launcher:
             self._run(span)
         return graph
 
-    def _stop_compiling(self, error: Exception) -> None:
+    def _make_plain(self, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         logger.warning_once(
-            f"{type(self.round.target).__name__} with its drafter runs uncompiled under cache_implementation='static'; "
-            f"the text is the same. {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{type(self.round.target).__name__} runs uncompiled and without tree attention under "
+            f"cache_implementation='static'; the text is the same. {reason}"
         )
         self.compiled, self.graphs = False, None
         self.round.steps_uncompiled()
+        self.round.attention.by_kernel = False
 
 
 __all__ = ["Launcher"]
