@@ -1,9 +1,7 @@
 """Calls of the static path, and what they are compared with."""
 
-import pytest
 import torch
 
-from hf_treeflash.static import decoding, launch
 from tests.tiny import prompt, tiny_drafter, with_knobs
 
 GREEDY = {"do_sample": False, "max_new_tokens": 25, "eos_token_id": None}
@@ -31,12 +29,3 @@ def plainly(target, inputs=None, **settings) -> torch.Tensor:
 def the_session(drafter):
     """Return the launcher of the last call."""
     return list(vars(drafter)["_treeflash_sessions"].values())[-1]
-
-
-@pytest.fixture
-def warnings(monkeypatch) -> list[str]:
-    """The warnings of the static path, repeated ones too."""
-    told: list[str] = []
-    for module in (decoding, launch):
-        monkeypatch.setattr(module.logger, "warning_once", told.append)
-    return told

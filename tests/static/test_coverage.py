@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from tests.families.models import FAMILIES
 from tests.generation.test_misuse import refuse
-from tests.static.calls import GREEDY, drafter_of, generate, plainly, warnings  # noqa: F401
+from tests.static.calls import GREEDY, drafter_of, generate, plainly
 from tests.tiny import prompt, tiny_target, with_knobs
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -40,7 +40,7 @@ NOT_COVERED = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("knobs", "settings", "reason"), NOT_COVERED.values(), ids=NOT_COVERED)
-def test_decoded_with_dynamic_caches_after_a_warning(target, warnings, knobs, settings, reason):  # noqa: F811
+def test_decoded_with_dynamic_caches_after_a_warning(target, warnings, knobs, settings, reason):
     settings = {"input_ids": prompt(), **settings}
     drafter = with_knobs(drafter_of(), **knobs)
     output = generate(target, drafter, {}, covered=False, **settings)
@@ -50,7 +50,7 @@ def test_decoded_with_dynamic_caches_after_a_warning(target, warnings, knobs, se
     assert reason in told and "the text is the same" in told
 
 
-def test_targets_that_prepare_their_inputs_themselves(warnings):  # noqa: F811
+def test_targets_that_prepare_their_inputs_themselves(warnings):
     family = BY_NAME["Qwen3-VL"]
     target, inputs = family.build(), family.inputs()
     output = generate(target, drafter_of(), inputs, covered=False)

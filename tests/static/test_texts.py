@@ -11,7 +11,7 @@ from tests.families.checks import ending_at
 from tests.families.models import FAMILIES
 from tests.generation.test_batch import padded
 from tests.generation.test_lossless import chi_squared_bound
-from tests.static.calls import GREEDY, drafter_of, generate, plainly, the_session
+from tests.static.calls import drafter_of, generate, plainly, the_session
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -95,8 +95,8 @@ def test_positions_that_are_just_enough():
 
 def test_one_new_token_needs_no_round(target):
     drafter = drafter_of()
-    assert torch.equal(target.generate(prompt(), assistant_model=drafter, cache_implementation="static", **{
-        **GREEDY, "max_new_tokens": 1}), plainly(target, max_new_tokens=1))  # fmt: skip
+    assert torch.equal(generate(target, drafter, max_new_tokens=1).sequences, plainly(target, max_new_tokens=1))
+    assert "_treeflash_sessions" not in vars(drafter)
 
 
 class EndsAt:
@@ -109,12 +109,17 @@ class EndsAt:
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length, dtype=torch.bool)
 
 
+def test_a_prompt_of_embeddings(target):
+    inputs = {"inputs_embeds": target.get_input_embeddings()(prompt()).detach()}
+    assert torch.equal(generate(target, drafter_of(), inputs).sequences, plainly(target, inputs))
+
+
 def test_other_ways_to_stop(target):
     drafter = drafter_of(False, 33)
     for length in (9, 13, 20):
         static = generate(target, drafter, stopping_criteria=[EndsAt(length)])
         assert torch.equal(static.sequences, plainly(target, stopping_criteria=[EndsAt(length)]))
-    assert generate(target, drafter, max_time=0.0, covered=False).sequences.shape[1] == 8
+    assert generate(target, drafter, max_time=0.0).sequences.shape[1] == 8
 
 
 class Pieces(TextStreamer):

@@ -17,20 +17,14 @@ def why_dynamic(decoding: TreeDecoding) -> str | None:
     return next(_uncovered(decoding), None)
 
 
-def first_slots(valid: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-    """Return the left padding of each row, or None where padding stands elsewhere too.
+def is_left_padded(valid: torch.Tensor | None) -> bool:
+    """Return whether every row's tokens stand together and end at the right edge.
 
     Args:
         valid (`torch.BoolTensor` of shape `(batch, columns)`, *optional*):
             Which columns hold a token; None if all do.
-        batch (`int`):
-            Rows.
     """
-    if valid is None:
-        return torch.zeros(batch, dtype=torch.long)
-    if not bool(valid[:, -1].all()) or bool((valid[:, :-1] & ~valid[:, 1:]).any()):
-        return None
-    return (~valid).sum(dim=1)
+    return valid is None or (bool(valid[:, -1].all()) and not bool((valid[:, :-1] & ~valid[:, 1:]).any()))
 
 
 def _uncovered(decoding: TreeDecoding) -> Iterator[str]:
@@ -60,8 +54,8 @@ def _uncovered(decoding: TreeDecoding) -> Iterator[str]:
         yield "models on several devices"
     if decoding.positions.ndim != 1:
         yield "several position axes"
-    if decoding.rows and first_slots(decoding.prefix.valid, len(decoding.rows)) is None:
+    if not is_left_padded(decoding.prefix.valid):
         yield "padding that is not on the left"
 
 
-__all__ = ["first_slots", "why_dynamic"]
+__all__ = ["is_left_padded", "why_dynamic"]

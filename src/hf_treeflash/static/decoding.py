@@ -2,13 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from transformers.utils import logging
 
 from ..context import tapped_states
 from ..generation import TreeDecoding
-from .coverage import first_slots, why_dynamic
+from .coverage import why_dynamic
 from .launch import Launcher
 from .round import StaticRound
 from .sessions import round_up, session_key, sessions_of
@@ -26,25 +27,25 @@ class StaticDecoding(TreeDecoding):
 
     def run(self):
         """Decode until every row is finished; return what `generate` returns."""
-        self.is_static = False
         with tapped_states(self.target, self.drafter.config.target_layer_ids) as self.taps:
             self.prefill()
             reason = why_dynamic(self)
-            if reason is not None:
+            self.is_static = reason is None
+            if not self.is_static:
                 logger.warning_once(
                     f"cache_implementation='static' beside a TreeFlash drafter does not cover {reason}. Decoding with "
                     "a dynamic cache instead; the text is the same."
                 )
                 self.rounds()
-        if reason is None and self.rows:
-            self.is_static = True
+        if self.is_static and self.rows:
             self.static_rounds()
         return self.result()
 
     def static_rounds(self) -> None:
         """Decode what prefill has begun."""
         batch, cache = len(self.rows), self.prefix.cache
-        starts = first_slots(self.prefix.valid, batch)
+        valid = self.prefix.valid
+        padding = torch.zeros(batch, dtype=torch.long) if valid is None else (~valid).sum(dim=1)
         room = torch.tensor([self.sequences.room(row) for row in self.rows])
         block, budget = self.drafter.config.block_size, self.generator.knobs.tree_budget
         ahead = 1 if cache.layers[0].keys.is_cuda else 0  # while the host reads a round, the device runs the next
@@ -66,9 +67,10 @@ class StaticDecoding(TreeDecoding):
             )
             launcher = Launcher(round, self.generation_config)
         (context,) = self.unread
-        launcher.round.start(cache, context, starts, self.anchor_ids, room)
         self.unread = []
-        self._launch_and_read(launcher)
+        with torch.cuda.device(launcher.round.device) if ahead else nullcontext():
+            launcher.round.start(cache, context, padding, self.anchor_ids, room)
+            self._launch_and_read(launcher)
         sessions.keep(key, launcher)
 
     def _launch_and_read(self, launcher: Launcher) -> None:

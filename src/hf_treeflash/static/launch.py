@@ -99,7 +99,7 @@ class Launcher:
         return graph
 
     def _make_plain(self, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.warning_once(
             f"{type(self.round.target).__name__} runs uncompiled and without tree attention under "
             f"cache_implementation='static'; the text is the same. {reason}"

@@ -168,7 +168,8 @@ class StaticRound:
                 branching=self.knobs.branching,
                 temperature=self.knobs.draft_temperature * self.generator.temperature,
             )
-        tree = build_tree(*transitions, self.knobs.tree_budget)
+        tables = transitions.token_ids, transitions.log_probs, transitions.next_row
+        tree = build_tree(*tables, self.knobs.tree_budget)
         return tree._replace(token_ids=torch.cat([self.anchors[:, None], tree.token_ids[:, 1:]], dim=1))
 
     def verify(self, tree: Tree, span: int) -> tuple[torch.Tensor, torch.Tensor]:
