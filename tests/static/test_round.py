@@ -68,6 +68,18 @@ def test_caches_after_commits_equal_a_plain_forwards(target):
                 torch.testing.assert_close(states, getattr(plain, name)[0], atol=1e-4, rtol=1e-4)
 
 
+def test_no_two_states_of_a_pass_go_to_one_slot(target):
+    """Which of them stayed would be up to the device."""
+    drafter = drafter_of()
+    generate(target, drafter, padded(3))
+    round = the_session(drafter).round
+    for cache in (round.drafter_cache, round.target_cache):
+        for slots in cache.layers[0].slots.tolist():
+            assert len(set(slots)) == len(slots) and max(slots) < round.capacity
+    context, block = round.drafter_cache.layers[0].slots.split(round.block, dim=1)
+    assert (context.amax(dim=1) > block.amax(dim=1)).any()  # there was filler, or the test shows nothing
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_sliding"])
 def test_tree_attention_in_place_of_masks(family, monkeypatch):
     """What runs on CUDA, by the kernel's oracle."""
