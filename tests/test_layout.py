@@ -75,6 +75,18 @@ def test_kernels_know_torch_triton_and_the_attention_registry_only():
             assert level == 1 or root in allowed or root in sys.stdlib_module_names, f"{path.name}: {module}"
 
 
+def test_static_stands_on_the_core_and_the_kernels():
+    for path in (PACKAGE / "static").glob("*.py"):
+        for level, module in imports(path):
+            root = module.split(".")[0]
+            if level == 1:
+                assert (PACKAGE / "static" / f"{root}.py").exists()
+            elif level == 2:
+                assert root in CORE | {"kernels"}, f"{path.name}: {module}"
+            else:
+                assert root in {"torch", "transformers"} or root in sys.stdlib_module_names, f"{path.name}: {module}"
+
+
 def test_optional_libraries_load_when_used():
     for path in PACKAGE.rglob("*.py"):
         if path.stem in {"cli", "demo"}:
@@ -88,7 +100,7 @@ def test_optional_libraries_load_when_used():
         "import json; print(json.dumps([m for m in sys.modules if m.startswith('hf_treeflash.')]))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    outer = {f"hf_treeflash.{name}" for name in ("training", "hub", "cli", "demo", "benchmark")}
+    outer = {f"hf_treeflash.{name}" for name in ("training", "hub", "cli", "demo", "benchmark", "static")}
     assert not outer & set(json.loads(loaded))
 
 

@@ -28,7 +28,7 @@ def check_restorable(cache: Cache | None) -> None:
             raise ValueError(
                 f"Tree drafting cannot take rejected tokens back from layer {index} of the target's cache, a "
                 f"{type(layer).__name__}. Targets whose layers all use full or sliding-window attention work, with a "
-                "`DynamicCache` (what `generate` makes by itself)."
+                "`DynamicCache` (what `generate` makes by itself) or with `cache_implementation='static'`."
             )
 
 

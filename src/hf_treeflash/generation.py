@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import time
 
 import torch
@@ -69,21 +70,25 @@ class TreeDecoding:
         """Decode until every row is finished; return what `generate` returns."""
         with tapped_states(self.target, self.drafter.config.target_layer_ids) as self.taps:
             self.prefill()
-            with recording_past(self.prefix.cache):
-                try:
-                    while self.rows:
-                        started = time.perf_counter()
-                        tree = self.draft()
-                        outputs = self.verify(tree)
-                        verdicts = self.walk(tree, outputs)
-                        self.commit(tree, verdicts)
-                        if self.auto is not None:
-                            self.auto.observe(tree, verdicts, time.perf_counter() - started)
-                except BaseException:
-                    self.prefix.rollback()
-                    self.prefix.restore_rows()
-                    raise
+            self.rounds()
         return self.result()
+
+    def rounds(self) -> None:
+        """Draft, verify, walk and commit until every row is finished."""
+        with recording_past(self.prefix.cache):
+            try:
+                while self.rows:
+                    started = time.perf_counter()
+                    tree = self.draft()
+                    outputs = self.verify(tree)
+                    verdicts = self.walk(tree, outputs)
+                    self.commit(tree, verdicts)
+                    if self.auto is not None:
+                        self.auto.observe(tree, verdicts, time.perf_counter() - started)
+            except BaseException:
+                self.prefix.rollback()
+                self.prefix.restore_rows()
+                raise
 
     def prefill(self) -> None:
         """Run the target over the prompt as plain decoding does, and choose the first token."""
@@ -257,7 +262,12 @@ def tree_decoding(
     """
     check_restorable(model_kwargs.get("past_key_values"))
     check_prompt(input_ids, generation_config, model_kwargs)
-    return TreeDecoding(
+    decoding = TreeDecoding
+    if getattr(generation_config, "_treeflash_static", False):
+        if getattr(model_kwargs["past_key_values"], "_is_user_defined", False):
+            raise ValueError("`cache_implementation='static'` makes its own cache; leave out `past_key_values`.")
+        decoding = static_decoding()
+    return decoding(
         target,
         assistant_model,
         input_ids,
@@ -276,6 +286,26 @@ def is_treeflash(drafter, generation_config) -> bool:
     return model_type == "treeflash" and getattr(generation_config, "speculation_type", None) is None
 
 
+def static_decoding() -> type[TreeDecoding]:
+    """Return the decoding of `cache_implementation="static"`, which needs the kernels and so the whole package.
+
+    Raises:
+        ValueError: Where only the files of a repository are at hand.
+    """
+    try:
+        return importlib.import_module("hf_treeflash.static").StaticDecoding
+    except ImportError as error:
+        raise ValueError("`cache_implementation='static'` beside a drafter needs the hf_treeflash package.") from error
+
+
+def choose_caches(generation_config) -> None:
+    """Take a call's wish for static caches over: `generate` prepares the prompt's cache, the static ones are ours."""
+    if generation_config.cache_implementation == "static":
+        static_decoding()
+        generation_config.cache_implementation = None
+        generation_config._treeflash_static = True
+
+
 def install_hook() -> None:
     """Let `generate(assistant_model=drafter)` reach the tree for TreeFlash drafters; all others keep their way."""
     decode, validate = GenerationMixin._assisted_decoding, GenerationMixin._validate_generation_mode
@@ -292,6 +322,7 @@ def install_hook() -> None:
         drafter = generation_mode_kwargs.get("assistant_model")
         if is_treeflash(drafter, generation_config):
             check_call(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
+            choose_caches(generation_config)
         return validate(self, generation_mode, generation_config, generation_mode_kwargs)
 
     for method, original in ((_assisted_decoding, decode), (_validate_generation_mode, validate)):

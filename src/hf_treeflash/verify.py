@@ -139,18 +139,25 @@ def masked_attention(target) -> Iterator[None]:
     if "flash" not in chosen and chosen != "flex_attention" and id(config) not in _switched:
         yield
         return
+    other = "sdpa" if target._supports_sdpa else "eager"
+    with replaced_attention(config, other) as chosen:
+        logger.warning_once(f"{chosen} does not suit a tree mask; verify passes use {other} attention instead.")
+        yield
+
+
+@contextmanager
+def replaced_attention(config, other: str) -> Iterator[str]:
+    """Set the attention of a model, one thread at a time, and restore the model's own, which is yielded."""
     with _attention_lock:
         chosen = config._attn_implementation
-        other = "sdpa" if target._supports_sdpa else "eager"
-        logger.warning_once(f"{chosen} does not suit a tree mask; verify passes use {other} attention instead.")
         _switched.add(id(config))
         # Not by `set_attn_implementation`, which would switch parts of the model that see no tree too.
         config._attn_implementation_internal = other
         try:
-            yield
+            yield chosen
         finally:
             config._attn_implementation_internal = chosen
             _switched.discard(id(config))
 
 
-__all__ = ["Verdict", "attention_windows", "masked_attention", "verify", "walk"]
+__all__ = ["Verdict", "attention_windows", "masked_attention", "replaced_attention", "verify", "walk"]

@@ -91,11 +91,10 @@ def test_quantized_caches_are_refused_by_name(start):
            past_key_values=cache)  # fmt: skip
 
 
-def test_static_and_offloaded_caches_are_refused():
+def test_given_static_and_offloaded_caches_are_refused():
     target = tiny_target()
     static = StaticCache(config=target.config, max_cache_len=64)
     refuse(target, drafter_for(target), "StaticLayer", past_key_values=static)
-    refuse(target, drafter_for(target), "StaticLayer", cache_implementation="static")
     offloaded = DynamicCache(config=target.config)
     offloaded.offloading = True  # its constructor needs a device to load from
     refuse(target, drafter_for(target), "offloaded cache.*`DynamicCache`", past_key_values=offloaded)

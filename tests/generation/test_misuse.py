@@ -65,7 +65,6 @@ def test_impossible_knobs_are_named(target, knobs, message):
         ({"use_cache": False}, "use_cache=True"),
         ({"assistant_early_exit": 2}, "`assistant_early_exit`"),
         ({"prompt_lookup_num_tokens": 0}, "num_output_tokens"),
-        ({"cache_implementation": "static"}, "StaticLayer.*`DynamicCache`"),
         ({"synced_gpus": True}, "synced_gpus"),
         ({"tree_budget": 16}, "tree_budget"),
     ],

@@ -114,7 +114,6 @@ REFUSED = {
     "another tokenizer": ({"assistant_tokenizer": object(), "tokenizer": object()}, "`assistant_tokenizer`"),
     "synced devices": ({"synced_gpus": True}, "synced_gpus"),
     "early exit": ({"assistant_early_exit": 2}, "`assistant_early_exit`"),
-    "static cache": ({"cache_implementation": "static"}, "StaticLayer"),
     "static cache object": (
         {"cache": lambda target: StaticCache(config=target.config, max_cache_len=40)},
         "StaticLayer",

@@ -152,6 +152,13 @@ def head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if k > MAX_KERNEL_K or not use_triton(logits):
         return head_select_reference(logits, k, temperature)
+    return head_select_op(logits, k, temperature)
+
+
+@torch.library.custom_op("hf_treeflash::head_select", mutates_args=())
+def head_select_op(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The launches of [`head_select`] as an operator that `torch.compile` does not look into."""
+    vocab = logits.shape[-1]
     flat = logits.reshape(-1, vocab)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     rows, tiles, chunks = flat.shape[0], -(-vocab // TILE), -(-vocab // CHUNK)
@@ -171,6 +178,12 @@ def head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch
         )  # fmt: skip
     shape = (*logits.shape[:-1], k)
     return token_ids.view(shape), log_probs.view(shape)
+
+
+@head_select_op.register_fake
+def _(logits, k, temperature):
+    shape = (*logits.shape[:-1], k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 
 def select_warps(k: int) -> int:

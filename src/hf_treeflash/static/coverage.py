@@ -1,0 +1,61 @@
+"""Which calls the static path covers; the others decode with dynamic caches, and are told why."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import GenerationMixin
+
+from ..generation import PROMPT_KWARGS, TreeDecoding
+from ..logits_process import PREFIX_INDEPENDENT
+
+# Rotary embeddings that depend on the longest position of a pass, which they read on the host.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def why_dynamic(decoding: TreeDecoding) -> str | None:
+    """Return what the static path does not cover in a call that has been prefilled, None if it covers everything."""
+    return next(_uncovered(decoding), None)
+
+
+def is_left_padded(valid: torch.Tensor | None) -> bool:
+    """Return whether every row's tokens stand together and end at the right edge.
+
+    Args:
+        valid (`torch.BoolTensor` of shape `(batch, columns)`, *optional*):
+            Which columns hold a token; None if all do.
+    """
+    return valid is None or (bool(valid[:, -1].all()) and not bool((valid[:, :-1] & ~valid[:, 1:]).any()))
+
+
+def _uncovered(decoding: TreeDecoding) -> Iterator[str]:
+    config, target = decoding.generation_config, decoding.target
+    if decoding.auto is not None:
+        yield "`tree_budget='auto'`"
+    if decoding.lookup is not None:
+        yield "`prompt_lookup_num_tokens`"
+    if decoding.generator.knobs.draft_window is not None:
+        yield "`draft_window`"
+    for processor in decoding.processor.processors:
+        if type(processor) not in PREFIX_INDEPENDENT:
+            yield f"{type(processor).__name__}, which may look at the text before a token"
+    for name in ("output_scores", "output_logits", "output_hidden_states", "output_attentions"):
+        if config.return_dict_in_generate and getattr(config, name):
+            yield f"`{name}`"
+    given = {name for name, value in decoding.model_kwargs.items() if value is not None}
+    if extra := sorted(given - PROMPT_KWARGS - {"use_cache"}):
+        yield f"the model input `{extra[0]}`"
+    if type(target).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        yield f"{type(target).__name__}, which prepares its inputs in its own way"
+    rope = str(getattr(target.config.get_text_config(decoder=True), "rope_parameters", None))
+    if any(f"'{kind}'" in rope for kind in LENGTH_DEPENDENT_ROPE):
+        yield "a rotary embedding that changes with the length"
+    devices = set(getattr(target, "hf_device_map", {}).values())
+    if len(devices) > 1 or decoding.generator.device != target.device:
+        yield "models on several devices"
+    if decoding.positions.ndim != 1:
+        yield "several position axes"
+    if not is_left_padded(decoding.prefix.valid):
+        yield "padding that is not on the left"
+
+
+__all__ = ["is_left_padded", "why_dynamic"]

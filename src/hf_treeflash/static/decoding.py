@@ -1,0 +1,133 @@
+"""The decoding loop of `cache_implementation="static"`: launch rounds, read their few numbers, end the texts."""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from transformers.utils import logging
+
+from ..context import tapped_states
+from ..generation import TreeDecoding
+from .coverage import why_dynamic
+from .launch import Launcher
+from .round import StaticRound
+from .sessions import round_up, session_key, sessions_of
+
+logger = logging.get_logger(__name__)
+
+
+class StaticDecoding(TreeDecoding):
+    """One `generate` call whose rounds run on the device over static caches, without a host synchronisation.
+
+    Arguments are those of [`TreeDecoding`]. Prefill is plain decoding's. What [`why_dynamic`] names is decoded with
+    dynamic caches instead, after a warning. A dictionary output has no `past_key_values`: the caches stay with the
+    drafter for the next call.
+    """
+
+    def run(self):
+        """Decode until every row is finished; return what `generate` returns."""
+        with tapped_states(self.target, self.drafter.config.target_layer_ids) as self.taps:
+            self.prefill()
+            reason = why_dynamic(self)
+            self.is_static = reason is None
+            if not self.is_static:
+                logger.warning_once(
+                    f"cache_implementation='static' beside a TreeFlash drafter does not cover {reason}. Decoding with "
+                    "a dynamic cache instead; the text is the same."
+                )
+                self.rounds()
+        if self.is_static and self.rows:
+            self.static_rounds()
+        return self.result()
+
+    def static_rounds(self) -> None:
+        """Decode what prefill has begun."""
+        batch, cache = len(self.rows), self.prefix.cache
+        valid = self.prefix.valid
+        padding = torch.zeros(batch, dtype=torch.long) if valid is None else (~valid).sum(dim=1)
+        room = torch.tensor([self.sequences.room(row) for row in self.rows])
+        block, budget = self.drafter.config.block_size, self.generator.knobs.tree_budget
+        ahead = 1 if cache.layers[0].keys.is_cuda else 0  # while the host reads a round, the device runs the next
+        needed = self.prefix.length + int(room.max()) + block + max(budget, 2 * block)
+        capacity = round_up(max(needed, getattr(self.generation_config, "max_cache_len", None) or 0))
+
+        sessions, key = sessions_of(self.drafter), session_key(self, cache)
+        launcher = sessions.take(key, capacity)
+        if launcher is None:
+            round = StaticRound(
+                self.target,
+                self.generator,
+                self.processor,
+                self.generation_config.do_sample,
+                cache,
+                batch,
+                capacity,
+                ahead,
+            )
+            launcher = Launcher(round, self.generation_config)
+        (context,) = self.unread
+        self.unread = []
+        with torch.cuda.device(launcher.round.device) if ahead else nullcontext():
+            launcher.round.start(cache, context, padding, self.anchor_ids, room)
+            self._launch_and_read(launcher)
+        sessions.keep(key, launcher)
+
+    def _launch_and_read(self, launcher: Launcher) -> None:
+        round, rows, prompt = launcher.round, list(self.rows), self.prefix.length
+        lengths = [prompt] * len(rows)  # as far as they are known of
+        under_way: deque[Callable[[], list]] = deque()
+        while self.rows:
+            longest = max(lengths)
+            if round.noise is not None:
+                round.noise.draw(longest - prompt)
+            launcher.launch(launcher.span_of(longest + round.block * len(under_way)))
+            under_way.append(copy_to_host(round.emitted))
+            if len(under_way) > round.ahead:
+                for index, (*tokens, count) in enumerate(under_way.popleft()()):
+                    lengths[index] += count
+                    if rows[index] in self.rows and self._take(rows[index], tokens[:count]):
+                        round.active[index] = False
+
+    def _take(self, row: int, tokens: list[int]) -> bool:
+        """Append a round's tokens to a row, up to its end; return whether that was reached."""
+        taken, finished = 0, False
+        while taken < len(tokens) and not finished:
+            finished = self.sequences.append(row, tokens[taken], None)
+            taken += 1
+        self._stream(tokens[:taken])
+        self.acceptance_lengths[row].append(taken)
+        self.generator.update_candidate_strategy(self.input_ids, None, taken - 1)
+        if finished:
+            self.rows.remove(row)
+        return finished
+
+    def result(self):
+        """Return the ids, or the dictionary the call asked for."""
+        if not self.is_static:
+            return super().result()
+        ids = self.sequences.padded(self.generation_config._pad_token_tensor)
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.generation_config.return_dict_in_generate:
+            return ids
+        return self.recorder.result(ids, ids.shape[1] - self.sequences.prompt_length, None, self.acceptance_lengths)
+
+
+def copy_to_host(tensor: torch.Tensor) -> Callable[[], list]:
+    """Start copying a tensor to the host; return what waits for the copy and gives it as a list."""
+    if not tensor.is_cuda:
+        return tensor.clone().tolist
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> list:
+        event.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+__all__ = ["StaticDecoding"]

@@ -1,0 +1,112 @@
+"""How a round is launched: as it is, with compiled models, or replayed as one CUDA graph."""
+
+from contextlib import nullcontext
+
+import torch
+from transformers import CompileConfig, GenerationConfig
+from transformers.utils import logging
+
+from .round import StaticRound
+
+logger = logging.get_logger(__name__)
+
+# Modes of inductor that would record CUDA graphs of their own inside ours.
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+# One compilation per span and session; the default of 8 would leave later ones uncompiled.
+RECOMPILE_LIMIT = 64
+SMALLEST_SPAN = 256
+
+
+def compile_options(config: CompileConfig) -> dict:
+    """Translate a call's `compile_config` for `torch.compile`."""
+    options = {"backend": config.backend, "fullgraph": config.fullgraph, "dynamic": bool(config.dynamic)}
+    if config.options:
+        options["options"] = config.options
+    elif config.backend == "inductor":
+        options["mode"] = WITHOUT_GRAPHS.get(config.mode, config.mode)
+    return options
+
+
+class Launcher:
+    """Launches rounds, and keeps what was compiled and recorded for them.
+
+    On CUDA both models are compiled and the round is recorded as a graph, once per span; on other devices models are
+    compiled where the call has a `compile_config`. `disable_compile` turns both off. What cannot be compiled or
+    recorded runs as it is, after a warning.
+
+    Args:
+        round ([`StaticRound`]):
+            The round.
+        generation_config ([`GenerationConfig`]):
+            Of the call: `compile_config` and `disable_compile`.
+    """
+
+    def __init__(self, round: StaticRound, generation_config: GenerationConfig):
+        self.round = round
+        on_cuda, config = round.device.type == "cuda", generation_config.compile_config
+        self.compiled = (on_cuda or config is not None) and not generation_config.disable_compile
+        self.graphs: dict[int, torch.cuda.CUDAGraph] | None = {} if on_cuda and self.compiled else None
+        self.pool = None if self.graphs is None else torch.cuda.graph_pool_handle()
+        self.seen: set[int] = set()  # spans that were launched
+        if self.compiled:
+            options = compile_options(config or CompileConfig())
+            round.draft_step = torch.compile(round.draft_step, **options)
+            round.target_step = torch.compile(round.target_step, **options)
+
+    def span_of(self, length: int) -> int:
+        """Return how many slots a round looks at, given the longest row: few numbers, as each is compiled."""
+        needed = length + self.round.tail
+        return min(max(SMALLEST_SPAN, 1 << (needed - 1).bit_length()), self.round.capacity)
+
+    def launch(self, span: int) -> None:
+        """Run one round; one that fails on its way to the device has changed nothing yet, and can run plainly."""
+        try:
+            if self.graphs is None:
+                self._run(span)
+            else:
+                if span not in self.graphs:
+                    self.graphs[span] = self._record(span)
+                self.graphs[span].replay()
+        except Exception as error:
+            if span in self.seen or not (self.compiled or self.round.attention.by_kernel):
+                raise
+            self._make_plain(error)
+            self.round.run(span)
+        self.seen.add(span)
+
+    def _run(self, span: int) -> None:
+        compiles = self.compiled and span not in self.seen
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT) if compiles else nullcontext():
+            self.round.run(span)
+
+    def _record(self, span: int) -> torch.cuda.CUDAGraph:
+        saved = [tensor.clone() for tensor in self.round.state]
+
+        def restore() -> None:
+            for tensor, before in zip(self.round.state, saved, strict=True):
+                tensor.copy_(before)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compilation and the libraries' choices, outside the recording
+            for _ in range(2):
+                self._run(span)
+                restore()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self._run(span)
+        return graph
+
+    def _make_plain(self, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        logger.warning_once(
+            f"{type(self.round.target).__name__} runs uncompiled and without tree attention under "
+            f"cache_implementation='static'; the text is the same. {reason}"
+        )
+        self.compiled, self.graphs = False, None
+        self.round.steps_uncompiled()
+        self.round.attention.by_kernel = False
+
+
+__all__ = ["Launcher"]

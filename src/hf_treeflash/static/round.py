@@ -1,0 +1,230 @@
+"""One round as a function of device tensors: no host synchronisation, no shape that depends on a value."""
+
+import torch
+from torch.nn import functional as F
+from transformers import Cache
+
+from ..candidate_generator import TreeFlashCandidateGenerator
+from ..context import Context
+from ..kernels import Tree, accept, build_tree
+from ..logits_process import TreeLogitsProcessor
+from ..verify import masked_attention
+from .attention import TreeAttention, block_masks
+from .cache import StaticTreeCache
+from .sampling import Noise, choose
+
+
+class StaticRound:
+    """The state of a batch on the device, and the round that advances it.
+
+    Slots are columns of the caches; the anchor of a row stands at slot `lengths`. The round is repeated by
+    `run`, which reads and writes only tensors that are allocated here.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The model whose text is kept.
+        generator ([`TreeFlashCandidateGenerator`]):
+            The drafter with its knobs, and the target's embeddings.
+        processor ([`TreeLogitsProcessor`]):
+            The call's processors, all independent of the prefix.
+        do_sample (`bool`):
+            Sample from the target instead of taking its argmax.
+        cache ([`DynamicCache`]):
+            The target's after the prompt, for its shapes.
+        batch (`int`), capacity (`int`):
+            Rows, and slots per row.
+        ahead (`int`):
+            Rounds that are launched before the results of an earlier one are read.
+
+    Attributes:
+        emitted (`torch.LongTensor` of shape `(batch, block_size + 1)`):
+            After a round: each row's new tokens, and in the last column how many there are.
+        active (`torch.BoolTensor` of shape `(batch,)`):
+            Rows still being written; the others stand still.
+    """
+
+    def __init__(
+        self,
+        target,
+        generator: TreeFlashCandidateGenerator,
+        processor: TreeLogitsProcessor,
+        do_sample: bool,
+        cache: Cache,
+        batch: int,
+        capacity: int,
+        ahead: int,
+    ):
+        self.target, self.generator, self.processor = target, generator, processor
+        self.drafter, self.knobs = generator.drafter, generator.knobs
+        config, states = self.drafter.config, cache.layers[0].keys
+        self.block, self.device, self.capacity, self.ahead = config.block_size, states.device, capacity, ahead
+        shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
+        self.target_cache = StaticTreeCache(shapes, batch, capacity, states.dtype, self.device)
+        shapes = [(config.num_key_value_heads, config.head_dim, config.head_dim)] * config.num_hidden_layers
+        self.drafter_cache = StaticTreeCache(shapes, batch, capacity, generator.dtype, self.device)
+
+        integers = torch.zeros(7, batch, dtype=torch.long, device=self.device)
+        self.lengths, self.anchors, self.pending_counts = integers[:3].unbind()  # change from round to round
+        self.first, self.starts, self.offsets, self.limits = integers[3:].unbind()  # of one text
+        width = len(config.target_layer_ids) * config.hidden_size
+        self.pending = torch.zeros(batch, self.block, width, dtype=target.dtype, device=self.device)
+        self.active = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self.emitted = torch.zeros(batch, self.block + 1, dtype=torch.long, device=self.device)
+        self.noise = Noise(batch, config.vocab_size, self.block * (1 + ahead), self.device) if do_sample else None
+        self.attention = TreeAttention(target, self.starts)
+        self.steps_uncompiled()
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """What a round changes, the caches aside, which hold nothing before `lengths` that it overwrites."""
+        return [self.lengths, self.anchors, self.pending_counts, self.pending, self.active, self.emitted]
+
+    @property
+    def tail(self) -> int:
+        """Slots behind `lengths` that a round writes to."""
+        return max(self.knobs.tree_budget, 2 * self.block)
+
+    def steps_uncompiled(self) -> None:
+        """Run both models as they are."""
+        self.draft_step, self.target_step = self.drafter.draft, target_step
+
+    @torch.no_grad()
+    def start(
+        self, cache: Cache, context: Context, starts: torch.Tensor, anchors: torch.Tensor, room: torch.Tensor
+    ) -> None:
+        """Take a batch of prompts over after prefill.
+
+        Args:
+            cache ([`DynamicCache`]):
+                The target's; it is emptied.
+            context ([`Context`]):
+                The target's states at the prompts.
+            starts (`torch.LongTensor` of shape `(batch,)`):
+                Left padding of each row.
+            anchors (`torch.LongTensor` of shape `(batch,)`):
+                First new tokens.
+            room (`torch.LongTensor` of shape `(batch,)`):
+                Tokens that each row may still grow by.
+        """
+        length = context.position_ids.shape[1]
+        for own, value in ((self.lengths, length), (self.first, length), (self.pending_counts, 0), (self.active, 1)):
+            own.fill_(value)
+        self.starts.copy_(starts)
+        self.anchors.copy_(anchors)
+        self.offsets.copy_(context.position_ids[:, -1] - (length - 1))
+        self.limits.copy_(length + room)
+        for static in (self.target_cache, self.drafter_cache):
+            static.clear()
+        self.target_cache.take_over(cache, length)
+        self._read_prompt(context)
+        if self.noise is not None:
+            self.noise.start()
+
+    def _read_prompt(self, context: Context) -> None:
+        """Fill the drafter's cache; keys and values of a context do not depend on what is seen, so masks are none."""
+        positions = context.position_ids.to(self.device)
+        batch, length = positions.shape
+        slots = torch.arange(length + 1, device=self.device).expand(batch, -1)
+        self.drafter_cache.place(slots, length + 1)
+        with masked_attention(self.drafter):
+            self.drafter(
+                noise_embeds=self._embed(self.anchors[:, None]),
+                context_hidden_states=context.hidden_states.to(self.device, self.generator.dtype),
+                position_ids=torch.cat([positions, positions[:, -1:] + 1], dim=1),
+                attention_mask=dict.fromkeys(self.drafter.config.layer_types),
+                past_key_values=self.drafter_cache,
+            )
+
+    @torch.no_grad()
+    def run(self, span: int) -> None:
+        """Draft, verify, walk and commit.
+
+        Args:
+            span (`int`):
+                Slots to look at, at least `lengths + tail`.
+        """
+        tree = self.draft(span)
+        choices, states = self.verify(tree, span)
+        self.commit(tree, choices, states)
+
+    def draft(self, span: int) -> Tree:
+        """Read the states of the last path and draft the next trees."""
+        columns = torch.arange(self.block, device=self.device)
+        context = (self.lengths - self.pending_counts)[:, None] + columns
+        block = self.lengths[:, None] + columns
+        # A path shorter than a block leaves filler, which goes behind the block, where no mask shows it.
+        filler = columns >= self.pending_counts[:, None]
+        self.drafter_cache.place(torch.cat([context + self.block * filler, block], dim=1), span)
+        with masked_attention(self.drafter):
+            transitions = self.draft_step(
+                self.anchors,
+                self.pending.to(self.generator.dtype),
+                self._embed,
+                self._lm_head,
+                position_ids=torch.cat([context, block], dim=1) + self.offsets[:, None],
+                attention_mask=block_masks(self.drafter.config, self.starts, self.lengths, span, self.generator.dtype),
+                past_key_values=self.drafter_cache,
+                num_candidates=self.knobs.num_candidates,
+                branching=self.knobs.branching,
+                temperature=self.knobs.draft_temperature * self.generator.temperature,
+            )
+        tables = transitions.token_ids, transitions.log_probs, transitions.next_row
+        tree = build_tree(*tables, self.knobs.tree_budget)
+        return tree._replace(token_ids=torch.cat([self.anchors[:, None], tree.token_ids[:, 1:]], dim=1))
+
+    def verify(self, tree: Tree, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the target over the trees; return its choice after every node, and its states for the drafter."""
+        slots = self.lengths[:, None] + torch.arange(tree.token_ids.shape[1], device=self.device)
+        self.target_cache.place(slots, span)
+        # No position that the text cannot reach: some targets know only so many.
+        depths = self.lengths[:, None] + tree.depths
+        positions = depths.minimum(self.limits[:, None] - 1) + self.offsets[:, None]
+        with self.attention.chosen():
+            logits, states = self.target_step(
+                self.target,
+                self.drafter.config.target_layer_ids,
+                tree.token_ids,
+                positions,
+                self.target_cache,
+                self.attention.arguments(tree, self.lengths, span),
+            )
+        return choose(logits, self.processor, self.noise, depths - self.first[:, None]), states
+
+    def commit(self, tree: Tree, choices: torch.Tensor, states: torch.Tensor) -> None:
+        """Walk along the choices, keep the path and its states, and say which tokens were emitted."""
+        path, counts, _ = accept(tree.token_ids, tree.parents, tree.ancestor_words, tree.num_nodes, choices)
+        path = path[:, : self.block]
+        self.target_cache.commit(path, counts, self.lengths)
+        nodes = F.pad(path.clamp(min=0), (0, self.block - path.shape[1]))
+        tokens = choices.gather(1, nodes)
+        newest = tokens.gather(1, counts[:, None] - 1)[:, 0]
+        counts = counts * self.active
+        self.anchors.copy_(torch.where(self.active, newest, self.anchors))
+        self.pending.copy_(states.gather(1, nodes[..., None].expand(-1, -1, states.shape[-1])))
+        self.pending_counts.copy_(counts)
+        self.lengths.add_(counts)
+        self.active.logical_and_(self.lengths < self.limits)
+        self.emitted.copy_(torch.cat([tokens, counts[:, None]], dim=1))
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.generator.target_embed(token_ids).to(self.generator.dtype)
+
+    def _lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.generator.target_head(hidden_states.to(self.pending.dtype))
+
+
+def target_step(target, layer_ids: list[int], token_ids, position_ids, cache: Cache, attention: dict):
+    """Run the target over the nodes of trees; return its logits and its states at some layers, concatenated."""
+    outputs = target(
+        input_ids=token_ids,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        output_hidden_states=True,
+        return_dict=True,
+        **attention,
+    )
+    return outputs.logits, torch.cat([outputs.hidden_states[layer + 1] for layer in layer_ids], dim=-1)
+
+
+__all__ = ["StaticRound"]

@@ -1,0 +1,185 @@
+"""The round itself: no host synchronisation, caches of a plain forward, attention by kernel or mask, compilation."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig, DynamicCache
+
+from hf_treeflash.static import attention
+from hf_treeflash.static.sessions import Sessions
+from tests.generation.test_batch import padded
+from tests.static.calls import drafter_of, generate, plainly, the_session
+from tests.tiny import prompt, tiny_target
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on operators that make the host wait for a value."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique", "item")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.WAITING), name
+        if name in ("index", "index_put", "index_put_"):  # by a mask means by the places where it is true
+            assert not any(getattr(index, "dtype", None) == torch.bool for index in args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_sliding"])
+@pytest.mark.parametrize("sampler", [None, {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9}], ids=str)
+def test_a_round_never_waits_for_the_device(family, sampler, monkeypatch):
+    target, drafter = tiny_target(family), drafter_of()
+    generate(target, drafter, padded(2), **({} if sampler is None else {"do_sample": True, **sampler}))
+    round = the_session(drafter).round
+    round.active.fill_(True)
+    for name in ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, None)  # on a CPU some of these pass by the dispatcher
+    before = round.lengths.clone()
+    with NoSynchronisation():
+        round.run(256)
+    monkeypatch.undo()
+    assert (round.lengths > before).all()
+
+
+def test_caches_after_commits_equal_a_plain_forwards(target):
+    inputs, drafter = padded(3), drafter_of(False, 33)
+    static = generate(target, drafter, inputs)
+    assert static.block_efficiency > 1.1
+    round = the_session(drafter).round
+    for row, own in enumerate(inputs["attention_mask"].bool()):
+        start, length = int((~own).sum()), int(round.lengths[row])
+        # The newest token of a text has no state yet; a path may have gone on behind the end of the text.
+        length = min(length, static.sequences.shape[1] - 1)
+        cache = DynamicCache(config=target.config)
+        with torch.no_grad():
+            target(static.sequences[row : row + 1, start:length], past_key_values=cache)
+        for mine, plain in zip(round.target_cache.layers, cache.layers, strict=True):
+            for name in ("keys", "values"):
+                states = getattr(mine, name)[row, :, start:length]
+                torch.testing.assert_close(states, getattr(plain, name)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_no_two_states_of_a_pass_go_to_one_slot(target):
+    """Which of them stayed would be up to the device."""
+    drafter = drafter_of()
+    generate(target, drafter, padded(3))
+    round = the_session(drafter).round
+    for cache in (round.drafter_cache, round.target_cache):
+        for slots in cache.layers[0].slots.tolist():
+            assert len(set(slots)) == len(slots) and max(slots) < round.capacity
+    context, block = round.drafter_cache.layers[0].slots.split(round.block, dim=1)
+    assert (context.amax(dim=1) > block.amax(dim=1)).any()  # there was filler, or the test shows nothing
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_sliding"])
+def test_tree_attention_in_place_of_masks(family, monkeypatch):
+    """What runs on CUDA, by the kernel's oracle."""
+    monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
+    target, drafter = tiny_target(family), drafter_of()
+    static = generate(target, drafter, padded(3))
+    assert the_session(drafter).round.attention.by_kernel
+    assert torch.equal(static.sequences, plainly(target, padded(3)))
+    assert target.config._attn_implementation == "sdpa"
+
+
+def test_a_layer_that_tree_attention_does_not_know_takes_masks(target, monkeypatch, warnings):
+    monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
+
+    def refuse(*args):
+        raise NotImplementedError("not this one")
+
+    monkeypatch.setattr("hf_treeflash.kernels.attention_interface._refuse_unknown", refuse)
+    drafter = drafter_of()
+    assert torch.equal(generate(target, drafter).sequences, plainly(target))
+    assert not the_session(drafter).round.attention.by_kernel
+    (told,) = warnings
+    assert "not this one" in told and target.config._attn_implementation == "sdpa"
+
+
+def test_compiles_both_models_with_the_calls_settings(target):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    drafter, config = drafter_of(budget=8), CompileConfig(backend=backend, fullgraph=True)
+    static = generate(target, drafter, padded(2), compile_config=config)
+    assert torch.equal(static.sequences, plainly(target, padded(2)))
+    assert the_session(drafter).compiled
+    assert len(graphs) == 2  # the drafting step and the verify pass, once for all rounds
+    again = generate(target, drafter, padded(2, seed=4), compile_config=config)
+    assert torch.equal(again.sequences, plainly(target, padded(2, seed=4)))
+    assert len(graphs) == 2
+    generate(target, drafter, padded(2), compile_config=config, disable_compile=True)
+    assert not the_session(drafter).compiled and len(graphs) == 2
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(target, warnings):
+    def backend(graph, inputs):
+        raise LookupError("no such processor")
+
+    torch._dynamo.reset()
+    drafter, config = drafter_of(), CompileConfig(backend=backend)
+    static = generate(target, drafter, compile_config=config)
+    assert torch.equal(static.sequences, plainly(target))
+    (told,) = warnings
+    assert "no such processor" in told and "the text is the same" in told
+
+
+def test_the_next_call_finds_what_the_last_one_made(target):
+    drafter = drafter_of()
+    generate(target, drafter)
+    first = the_session(drafter)
+    for inputs in (None, {"input_ids": prompt(12, seed=9)}):
+        assert torch.equal(generate(target, drafter, inputs).sequences, plainly(target, inputs))
+        assert the_session(drafter) is first
+    longer = {"max_new_tokens": 300}
+    assert torch.equal(generate(target, drafter, **longer).sequences, plainly(target, **longer))
+    assert the_session(drafter) is not first and the_session(drafter).seen == {256, 512}
+    for settings in ({"do_sample": True}, {"do_sample": True, "top_k": 3}):
+        generate(target, drafter, **settings)
+    assert len(vars(drafter)["_treeflash_sessions"]) == 2
+
+
+def test_an_other_target_or_weight_is_not_mistaken(target):
+    drafter, other = drafter_of(), tiny_target(seed=7)
+    for model in (target, other, target):
+        assert torch.equal(generate(model, drafter).sequences, plainly(model))
+    other.lm_head.weight = torch.nn.Parameter(other.lm_head.weight.flip(0))
+    assert torch.equal(generate(other, drafter).sequences, plainly(other))
+
+
+def test_copies_of_a_drafter_take_no_caches_along(target):
+    drafter = drafter_of()
+    generate(target, drafter)
+    assert not vars(copy.deepcopy(drafter))["_treeflash_sessions"]
+    sessions = vars(drafter)["_treeflash_sessions"]
+    assert sessions and pickle.loads(pickle.dumps(sessions)) == Sessions()
+    assert "_treeflash" not in " ".join(drafter.state_dict())
+
+
+def test_a_call_that_breaks_off_leaves_nothing_behind(target):
+    def break_off(input_ids, scores, **kwargs):
+        if input_ids.shape[1] > 12:
+            raise KeyboardInterrupt
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    drafter = drafter_of()
+    generate(target, drafter)
+    hooks = [dict(module._forward_hooks) for module in target.modules()]  # transformers' own, inert by themselves
+    with pytest.raises(KeyboardInterrupt):
+        generate(target, drafter, stopping_criteria=[break_off])
+    assert not vars(drafter)["_treeflash_sessions"]
+    assert hooks == [dict(module._forward_hooks) for module in target.modules()]
+    assert torch.equal(generate(target, drafter).sequences, plainly(target))
