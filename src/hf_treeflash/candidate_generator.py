@@ -101,7 +101,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         self.temperature = temperature
         self.knobs = DraftingKnobs.read(generation_config or assistant_model.generation_config)
         check_head(main_model_output_embeddings, self.knobs)
-        self._lm_head = DraftHead(main_model_output_embeddings, self.knobs.draft_lm_head)
+        self.draft_head = DraftHead(main_model_output_embeddings, self.knobs.draft_lm_head)
         self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))
         self.prefix.cache.activate_past_recording()
         self.rounds = self.emitted = 0
@@ -138,7 +138,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             anchor_ids,
             context.hidden_states.to(self.device, self.dtype),
             self._embed,
-            self._lm_head,
+            self.draft_head,
             position_ids=torch.cat([context.position_ids, block], dim=1).to(self.device),
             attention_mask=self._mask(context, counts),
             past_key_values=self.prefix.cache,

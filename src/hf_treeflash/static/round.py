@@ -160,7 +160,7 @@ class StaticRound:
                 self.anchors,
                 self.pending.to(self.generator.dtype),
                 self._embed,
-                self._lm_head,
+                self.generator.draft_head,
                 position_ids=torch.cat([context, block], dim=1) + self.offsets[:, None],
                 attention_mask=block_masks(self.drafter.config, self.starts, self.lengths, span, self.generator.dtype),
                 past_key_values=self.drafter_cache,
@@ -208,9 +208,6 @@ class StaticRound:
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.generator.target_embed(token_ids).to(self.generator.dtype)
-
-    def _lm_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.generator.target_head(hidden_states.to(self.pending.dtype))
 
 
 def target_step(target, layer_ids: list[int], token_ids, position_ids, cache: Cache, attention: dict):
