@@ -18,7 +18,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from round_arms import ARMS, Setting
+from round_arms import Eager, Reference, Setting, Vanilla
+from static_arms import Compiled, Graphed, GraphedVanilla, Static
 from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.utils import logging
 
@@ -27,6 +28,9 @@ from hf_treeflash.benchmark import environment
 from hf_treeflash.measuring import Stopwatch, columns, host_milliseconds, in_turn, spread
 from hf_treeflash.pairs import with_knobs
 
+ARMS = {"vanilla": Vanilla, "eager": Eager, "reference": Reference, "static": Static}
+# Compiled for minutes and recorded as CUDA graphs.
+CUDA_ARMS = {"graphed vanilla": GraphedVanilla, "compiled": Compiled, "graphed": Graphed}
 STAGES = ("draft", "heads", "build", "verify", "walk", "commit")
 QWEN3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 PRESETS = {
@@ -50,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--num-candidates", type=int, default=16)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS | CUDA_ARMS, help="all that the device can run by default")
     parser.add_argument("--accepted", type=int, default=7, help="nodes each round accepts, root included")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -59,7 +63,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--compare", type=Path, nargs="+", help="print what was measured before, and measure nothing")
     parser.add_argument("--tau", type=Path, help="evaluation of a trained pair, for a projection")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.arms is None:
+        args.arms = list(ARMS if torch.device(args.device).type == "cpu" else ARMS | CUDA_ARMS)
+    return args
 
 
 def random_pair(preset: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -91,7 +98,7 @@ def split(arm, device: torch.device, repeats: int) -> dict[str, dict[str, Any] |
 def measure(setting: Setting, names: list[str], repeats: int) -> list[dict[str, Any]]:
     """Time the rounds of every arm in turn, then their stages."""
     device = setting.target.device
-    arms = {name: ARMS[name](setting) for name in names}
+    arms = {name: (ARMS | CUDA_ARMS)[name](setting) for name in names}
 
     def timer(arm) -> float:
         arm.rewind()
@@ -130,8 +137,11 @@ def table(record: dict[str, Any], result: dict[str, Any], tau: dict[int, float])
     if budget in tau:
         heading.append(f"projection: x vanilla at τ {tau[budget]:.2f}")
     rows = [heading]
-    baseline = next((arm for arm in result["arms"] if arm["name"] == "vanilla"), None)
+    by_name = {arm["name"]: arm for arm in result["arms"]}
     for arm in result["arms"]:
+        # Each is held against plain decoding in its own mode.
+        graphed = arm["name"] in CUDA_ARMS and "graphed vanilla" in by_name
+        baseline = by_name.get("graphed vanilla" if graphed else "vanilla")
         time, stages = arm["round_milliseconds"], arm["stages_milliseconds"]
         row = [arm["name"], f"{time['median']:.3f} ({time['min']:.3f} to {time['max']:.3f})"]
         row += [f"{stages[name]['median']:.3f}" if name in stages else "" for name in STAGES]

@@ -192,10 +192,6 @@ class Reference:
         torch.cat([hidden_states[i + 1] for i in self.drafter.config.target_layer_ids], dim=-1)[:, columns]
 
 
-# Static-cache, compiled and graphed rounds join here, with a `round`, a `rewind`, `inner` and `accepted` of their own.
-ARMS: dict[str, Callable[[Setting], Any]] = {"vanilla": Vanilla, "eager": Eager, "reference": Reference}
-
-
 def random_cache(model, length: int) -> DynamicCache:
     """Return a cache as a pass over `length` tokens leaves it, with random contents."""
     config = model.config

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from transformers.utils import logging
 
-from hf_treeflash import candidate_generator, draft_head, generation, modeling_treeflash
+from hf_treeflash import candidate_generator, draft_head, generation, head_rows, modeling_treeflash
 from hf_treeflash.benchmark import environment
 from hf_treeflash.measuring import Stopwatch
 from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair
@@ -38,6 +38,7 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
         (candidate_generator, "build_tree", "tree build"),
         (modeling_treeflash, "top_log_probs", "top-k and log-sum-exp"),
         (modeling_treeflash, "conditional_transitions", "match candidates"),
+        (head_rows.HeadRows, "compute", "match candidates"),
         (drafter, "draft", "noise, shortlist top-k"),
         (drafter, "backbone", "drafter forward"),
         (drafter, "correct", "AR head"),
@@ -58,7 +59,7 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
             return draft(self)
 
     def timed_lm_head(self, *args):
-        with watch.stage(heads.pop()):
+        with watch.stage(heads.pop() if len(heads) > 1 else heads[0]):  # rows come in several calls
             return lm_head(self, *args)
 
     with ExitStack() as stack:

@@ -143,10 +143,11 @@ def test_rounds_are_split_into_stages_and_projected_by_name(tmp_path, capsys):
     stages = {"draft", "heads", "build", "verify", "walk", "commit"}
     for result in record["results"]:
         arms = {arm["name"]: arm for arm in result["arms"]}
-        assert set(arms) == {"vanilla", "eager", "reference"}
+        assert set(arms) == {"vanilla", "eager", "reference", "static"}
+        assert set(arms["static"]["stages_milliseconds"]) == {"draft", "verify", "commit"}
         assert set(arms["vanilla"]["stages_milliseconds"]) == {"verify", "walk"}
         assert set(arms["eager"]["stages_milliseconds"]) == set(arms["reference"]["stages_milliseconds"]) == stages
-        assert [arm["accepted"] for arm in arms.values()] == [1, 5, 5]
+        assert [arm["accepted"] for arm in arms.values()] == [1, 5, 5, 5]
         assert all(len(arm["round_milliseconds"]["all"]) == 2 for arm in arms.values())
     capsys.readouterr()
     trained = {"name": "TreeFlash tree B24 M4", "knobs": {"tree_budget": 24, "num_candidates": 4}, "tau": 3.5}
