@@ -147,6 +147,20 @@ def test_float8_copies_are_made_once_and_follow_the_weight():
     assert gone() is None and not any(copy in entry for entry in draft_head._float8_copies.values())
 
 
+def test_the_call_of_the_matrix_units_is_the_same_product(monkeypatch):
+    """Recent versions of torch have the call on CPUs too, which shows that scales and layouts are as it wants them."""
+    generator = torch.Generator().manual_seed(0)
+    copy = Float8Rows(*to_float8(torch.randn(48, 64, generator=generator)))
+    states = torch.randn(2, 5, 64, generator=generator)
+    plain = copy.product(states)
+    monkeypatch.setattr(Float8Rows, "_on_matrix_units", lambda self: True)
+    try:
+        logits = copy.product(states)
+    except (NotImplementedError, RuntimeError) as problem:
+        pytest.skip(f"this torch has no float8 products on a CPU: {problem}")
+    torch.testing.assert_close(logits, plain, atol=0.02, rtol=0.01)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("tokens", "hidden", "rows"), [(151936, 2560, 225), (7680, 2560, 225), (7680, 4096, 15)])
