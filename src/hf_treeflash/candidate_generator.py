@@ -111,7 +111,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         anchor_ids: torch.Tensor,
         context: Context,
         permitted: list[Lookahead] | None = None,
-        lookup: tuple[list[list[int]], float] | None = None,
+        lookup: tuple[list[list[int]], list[list[float]]] | None = None,
     ) -> DraftTree:
         """Read the new context and draft the trees of one round.
 
@@ -122,7 +122,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
                 States of the positions committed since the last call.
             permitted (`list[Lookahead]`, *optional*):
                 For each row, which tokens the call's processors leave possible after a path.
-            lookup (`tuple[list[list[int]], float]`, *optional*):
+            lookup (`tuple[list[list[int]], list[list[float]]]`, *optional*):
                 For each row a chain of tokens to graft into its tree, and the probability of each token.
 
         Returns:
@@ -160,10 +160,10 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             return build_tree(transitions, anchor_ids.to(self.device), budget)
         tables = build_tables(transitions, anchor_ids, budget, permitted)
         if lookup is not None:
-            chains, trust = lookup
+            chains, trusts = lookup
             if permitted is not None:
                 chains = [row.longest(chain) for row, chain in zip(permitted, chains, strict=True)]
-            tables = [graft(table, chain, trust, budget) for table, chain in zip(tables, chains, strict=True)]
+            tables = [graft(*row, budget) for row in zip(tables, chains, trusts, strict=True)]
         return tree_from_tables(tables)
 
     def _mask(self, context: Context, counts: torch.Tensor) -> dict[str, torch.Tensor] | None:

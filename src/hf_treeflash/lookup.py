@@ -3,34 +3,38 @@
 import math
 
 from transformers import GenerationConfig
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from .sequences import Sequences
 from .tree import NodeTable
 
+LONGEST_MATCH = 8  # tokens; longer ones are no more telling
+
 
 class PromptLookup:
-    """Finds continuations of each row's last n-gram and learns how far they can be trusted.
+    """Finds where each row's latest tokens stood before, longest match first, and learns how far to trust the rest.
+
+    Trust goes by the length of the match: two tokens in common say little, eight say that the text is being copied.
 
     Args:
         generation_config ([`GenerationConfig`]):
-            Of the call; `prompt_lookup_num_tokens` and `max_matching_ngram_size` as transformers reads them.
+            Of the call; `prompt_lookup_num_tokens` and `max_matching_ngram_size` as transformers reads them, except
+            that matches of up to eight tokens are told apart by default.
         batch (`int`):
             Rows of the call.
     """
 
     def __init__(self, generation_config: GenerationConfig, batch: int):
-        self.finder = PromptLookupCandidateGenerator(
-            num_output_tokens=generation_config.prompt_lookup_num_tokens,
-            max_matching_ngram_size=generation_config.max_matching_ngram_size or 2,
-            max_length=generation_config.max_length,
-        )
+        self.tokens = generation_config.prompt_lookup_num_tokens
+        self.longest = generation_config.max_matching_ngram_size or LONGEST_MATCH
+        self.texts = [IndexedText() for _ in range(batch)]
         self.chains: list[list[int]] = [[] for _ in range(batch)]
-        # Found tokens that were tried, and those the target agreed with; one of two to begin with.
-        self.tried, self.agreed = 2.0, 1.0
+        self.matches = [0] * batch  # tokens in common with the place where the chain was found
+        # Found tokens that were tried, and those the target agreed with, by tokens matched before them.
+        self.tried = [4.0] * (self.longest + 1)
+        self.agreed = [4.0 * match / (match + 1.5) for match in range(self.longest + 1)]
 
-    def find(self, rows: list[int], sequences: Sequences) -> tuple[list[list[int]], float]:
-        """Return the tokens that followed each row's last n-gram before, and the probability of each token.
+    def find(self, rows: list[int], sequences: Sequences) -> tuple[list[list[int]], list[list[float]]]:
+        """Return the tokens that followed each row's latest ones before, and the probability of each.
 
         Args:
             rows (`list[int]`):
@@ -39,28 +43,57 @@ class PromptLookup:
                 The texts so far.
         """
         for row in rows:
-            prefix = sequences.prefix(row)
-            found, _ = self.finder.get_candidates(prefix)
-            self.chains[row] = found[0, prefix.shape[1] :].tolist()
-        return [self.chains[row] for row in rows], self.trust
+            text = self.texts[row]
+            text.extend(sequences.prefix(row)[0, len(text.token_ids) :].tolist())
+            place, self.matches[row] = text.longest_match(self.longest)
+            room = min(self.tokens, sequences.room(row) - 1)
+            self.chains[row] = text.token_ids[place : place + room] if self.matches[row] else []
+        return [self.chains[row] for row in rows], [self.trusts(row) for row in rows]
+
+    def trusts(self, row: int) -> list[float]:
+        """Return the probability of each token of a row's chain, given those before it."""
+        lengths = [min(self.matches[row] + depth, self.longest) for depth in range(len(self.chains[row]))]
+        return [min(self.agreed[length] / self.tried[length], 0.99) for length in lengths]
 
     def observe(self, row: int, token_ids: list[int]) -> None:
         """Compare what was found with what the target chose."""
-        for found, chosen in zip(self.chains[row], token_ids, strict=False):
-            self.tried += 1
+        for depth, (found, chosen) in enumerate(zip(self.chains[row], token_ids, strict=False)):
+            length = min(self.matches[row] + depth, self.longest)
+            # Recent tokens count most: a text quotes in stretches.
+            self.tried[length] = 0.9 * self.tried[length] + 1
+            self.agreed[length] = 0.9 * self.agreed[length] + (found == chosen)
             if found != chosen:
                 break
-            self.agreed += 1
-        # Recent tokens count most: a text quotes in stretches.
-        self.tried, self.agreed = 0.9 * self.tried, 0.9 * self.agreed
-
-    @property
-    def trust(self) -> float:
-        """Probability that a found token is the target's choice, given those before it were."""
-        return min(self.agreed / self.tried, 0.99)
 
 
-def graft(node: NodeTable, chain: list[int], trust: float, tree_budget: int) -> NodeTable:
+class IndexedText:
+    """A growing text that knows where each token stands."""
+
+    def __init__(self):
+        self.token_ids: list[int] = []
+        self.places: dict[int, list[int]] = {}
+
+    def extend(self, token_ids: list[int]) -> None:
+        """Add tokens at the end."""
+        for token in token_ids:
+            self.places.setdefault(token, []).append(len(self.token_ids))
+            self.token_ids.append(token)
+
+    def longest_match(self, most: int) -> tuple[int, int]:
+        """Return where the text goes on after the longest match of its end, latest first, and the match's length."""
+        ids, best, length = self.token_ids, 0, 0
+        for place in reversed(self.places[ids[-1]][:-1]):
+            match = 1
+            while match < most and match <= place and ids[place - match] == ids[-1 - match]:
+                match += 1
+            if match > length:
+                best, length = place + 1, match
+            if length == most:
+                break
+        return best, length
+
+
+def graft(node: NodeTable, chain: list[int], trusts: list[float], tree_budget: int) -> NodeTable:
     """Merge a chain into a tree under one budget: the most probable nodes of both stay.
 
     Args:
@@ -68,7 +101,7 @@ def graft(node: NodeTable, chain: list[int], trust: float, tree_budget: int) -> 
             The drafted tree, best node first.
         chain (`list[int]`):
             Tokens after the root.
-        trust (`float`):
+        trusts (`list[float]`):
             Probability of each, given those before it.
         tree_budget (`int`):
             Nodes of the result, root included.
@@ -79,7 +112,7 @@ def graft(node: NodeTable, chain: list[int], trust: float, tree_budget: int) -> 
         walked.append((*walked[parent], token))
         paths[walked[-1]] = score
     score = 0.0
-    for depth in range(1, len(chain) + 1):
+    for depth, trust in enumerate(trusts[: len(chain)], start=1):
         score += math.log(trust)
         path = tuple(chain[:depth])
         paths[path] = max(score, paths.get(path, score))

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import StoppingCriteriaList
 
 from hf_treeflash import generation
 from hf_treeflash.lookup import PromptLookup, graft
+from hf_treeflash.sequences import Sequences
 from hf_treeflash.tree import build_tables, tree_from_tables
 from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
 
@@ -90,7 +92,7 @@ def test_grafted_trees_stay_within_the_budget_and_keep_the_best_of_both():
 
     drafted = build_tables(random_transitions(3, depth=5, rows=4, branching=4), torch.tensor([7]), 12)[0]
     chain = [49, 48, drafted.token_ids[1], 47]
-    merged = graft(drafted, chain, 0.9, 12)
+    merged = graft(drafted, chain, [0.9] * 4, 12)
     assert len(merged.token_ids) == 12 and merged.token_ids[0] == 7
     tree = tree_from_tables([merged])
     node, path = 0, []
@@ -102,22 +104,37 @@ def test_grafted_trees_stay_within_the_budget_and_keep_the_best_of_both():
     assert path == chain
     assert merged.path_log_probs == sorted(merged.path_log_probs, reverse=True)
     # A chain nobody trusts displaces no drafted node.
-    assert graft(drafted, chain, 1e-6, 12).token_ids == drafted.token_ids
+    assert graft(drafted, chain, [1e-6] * 4, 12).token_ids == drafted.token_ids
     # A chain that is in the tree already costs nothing.
     known = [drafted.token_ids[1]]
-    assert sorted(graft(drafted, known, 0.9, 12).token_ids) == sorted(drafted.token_ids)
+    assert sorted(graft(drafted, known, [0.9], 12).token_ids) == sorted(drafted.token_ids)
 
 
-def test_lookup_learns_how_far_to_trust_itself(target):
-    lookup = PromptLookup(target.generation_config.__class__(prompt_lookup_num_tokens=4, max_length=100), 1)
-    start = lookup.trust
-    lookup.chains[0] = [1, 2, 3, 4]
+def lookup_of(target, text, **settings):
+    """Return a lookup, and what it finds after a text."""
+    config = target.generation_config.__class__(prompt_lookup_num_tokens=4, max_length=100, **settings)
+    lookup = PromptLookup(config, 1)
+    return lookup, *lookup.find([0], Sequences(torch.tensor([text]), StoppingCriteriaList()))
+
+
+def test_lookup_takes_the_longest_match_and_of_those_the_latest(target):
+    assert lookup_of(target, [5, 6, 7, 8, 1, 7, 9, 2, 5, 6, 7])[1] == [[8, 1, 7, 9]]
+    assert lookup_of(target, [7, 8, 1, 2, 3, 7, 9, 2, 4, 7])[1] == [[9, 2, 4, 7]]
+    assert lookup_of(target, [5, 6, 7, 8, 1, 7, 9, 2, 5, 6, 7], max_matching_ngram_size=1)[1] == [[9, 2, 5, 6]]
+    assert lookup_of(target, [1, 2, 3])[1] == [[]]
+    (trusts,) = lookup_of(target, [5, 6, 7, 8, 1, 7, 9, 2, 5, 6, 7])[2]
+    assert len(trusts) == 4 and trusts == sorted(set(trusts))  # every token that agrees makes the match longer
+
+
+def test_lookup_learns_how_far_to_trust_a_match_of_each_length(target):
+    lookup = lookup_of(target, [5, 6, 7, 8, 1, 2, 5, 6])[0]
+    chain, start = lookup.chains[0], lookup.trusts(0)
     for _ in range(10):
-        lookup.observe(0, [1, 2, 3, 4, 5])
-    assert lookup.trust > 0.9 > start
+        lookup.observe(0, [*chain, 9])
+    assert all(now > before for now, before in zip(lookup.trusts(0), start, strict=True)) and lookup.trusts(0)[0] > 0.8
     for _ in range(20):
         lookup.observe(0, [9])
-    assert lookup.trust < start
+    assert lookup.trusts(0)[0] < start[0] and lookup.trusts(0)[1] > start[1]
 
 
 @pytest.mark.parametrize("window", [1, 6, 20])
