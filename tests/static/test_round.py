@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 
-from hf_treeflash.static import attention
+from hf_treeflash.static import attention, decoding
 from hf_treeflash.static.sessions import Sessions
+from tests.families.checks import ending_at
 from tests.generation.test_batch import padded
 from tests.static.calls import drafter_of, generate, plainly, the_session
 from tests.tiny import prompt, tiny_target
@@ -137,6 +140,52 @@ def test_what_cannot_be_compiled_runs_as_it_is(target, warnings):
     assert "no such processor" in told and "the text is the same" in told
 
 
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 0}], ids=["greedy", "sampled"])
+def test_rounds_launched_before_the_last_is_read(target, monkeypatch, settings):
+    """As on CUDA: rows may stand still for a round, and noise must last."""
+    monkeypatch.setattr(decoding, "rounds_ahead", lambda tensor: 1)
+    drafter, settings = drafter_of(False, 33), {**settings, "max_new_tokens": 60}
+    torch.manual_seed(0)
+    plain = plainly(target, **settings)
+    torch.manual_seed(0)
+    static = generate(target, drafter, **settings)
+    assert torch.equal(static.sequences, plain)
+    assert sum(static.acceptance_lengths[0]) == 59 and min(static.acceptance_lengths[0]) > 0
+    if not settings.get("do_sample"):
+        eos = ending_at(target, padded(4), [3, 20])
+        batch = generate(target, drafter, padded(4), **settings, eos_token_id=eos)
+        assert torch.equal(batch.sequences, plainly(target, padded(4), **settings, eos_token_id=eos))
+
+
+def test_recording_in_the_middle_of_a_text_changes_nothing(target, monkeypatch):
+    """A stand-in for CUDA graphs: what is called while recording does not run, and runs at each replay."""
+
+    class Graph:
+        def replay(self):
+            self.recorded()
+
+    @contextmanager
+    def graph(graph, pool=None):
+        run = round.run
+        round.run = lambda span: setattr(graph, "recorded", lambda: run(span))
+        yield
+        del round.run
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"CUDAGraph": Graph, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: stream}
+    for name, fake in {**fakes, "stream": lambda stream: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    drafter, settings = drafter_of(False, 33), {"max_new_tokens": 250}
+    generate(target, drafter, padded(2), **settings)
+    launcher = the_session(drafter)
+    round = launcher.round
+    launcher.compiled, launcher.graphs, launcher.seen = True, {}, set()
+    for seed in (3, 4):
+        static = generate(target, drafter, padded(2, seed=seed), **settings)
+        assert torch.equal(static.sequences, plainly(target, padded(2, seed=seed), **settings))
+        assert the_session(drafter) is launcher and set(launcher.graphs) == {256, 512}
+
+
 def test_the_next_call_finds_what_the_last_one_made(target):
     drafter = drafter_of()
     generate(target, drafter)
@@ -156,8 +205,11 @@ def test_an_other_target_or_weight_is_not_mistaken(target):
     drafter, other = drafter_of(), tiny_target(seed=7)
     for model in (target, other, target):
         assert torch.equal(generate(model, drafter).sequences, plainly(model))
+    generate(other, drafter)
+    before = the_session(drafter)
     other.lm_head.weight = torch.nn.Parameter(other.lm_head.weight.flip(0))
     assert torch.equal(generate(other, drafter).sequences, plainly(other))
+    assert the_session(drafter) is not before  # a recorded graph would read the weights that were
 
 
 def test_copies_of_a_drafter_take_no_caches_along(target):

@@ -48,7 +48,7 @@ class StaticDecoding(TreeDecoding):
         padding = torch.zeros(batch, dtype=torch.long) if valid is None else (~valid).sum(dim=1)
         room = torch.tensor([self.sequences.room(row) for row in self.rows])
         block, budget = self.drafter.config.block_size, self.generator.knobs.tree_budget
-        ahead = 1 if cache.layers[0].keys.is_cuda else 0  # while the host reads a round, the device runs the next
+        on_cuda = cache.layers[0].keys.is_cuda
         needed = self.prefix.length + int(room.max()) + block + max(budget, 2 * block)
         capacity = round_up(max(needed, getattr(self.generation_config, "max_cache_len", None) or 0))
 
@@ -63,12 +63,12 @@ class StaticDecoding(TreeDecoding):
                 cache,
                 batch,
                 capacity,
-                ahead,
+                rounds_ahead(cache.layers[0].keys),
             )
             launcher = Launcher(round, self.generation_config)
         (context,) = self.unread
         self.unread = []
-        with torch.cuda.device(launcher.round.device) if ahead else nullcontext():
+        with torch.cuda.device(launcher.round.device) if on_cuda else nullcontext():
             launcher.round.start(cache, context, padding, self.anchor_ids, room)
             self._launch_and_read(launcher)
         sessions.keep(key, launcher)
@@ -112,6 +112,11 @@ class StaticDecoding(TreeDecoding):
         if not self.generation_config.return_dict_in_generate:
             return ids
         return self.recorder.result(ids, ids.shape[1] - self.sequences.prompt_length, None, self.acceptance_lengths)
+
+
+def rounds_ahead(tensor: torch.Tensor) -> int:
+    """Return how many rounds to launch before reading one: while the host reads, a CUDA device runs the next."""
+    return int(tensor.is_cuda)
 
 
 def copy_to_host(tensor: torch.Tensor) -> Callable[[], list]:
