@@ -84,7 +84,9 @@ def random_transitions(sizes: Sizes, device: torch.device) -> tuple[torch.Tensor
     shape = (1, sizes.depth, sizes.candidates, sizes.branching)
     logits = torch.randn(*shape[:3], 4 * sizes.branching, device=device) * 3
     log_probs, token_ids = logits.log_softmax(dim=-1).topk(sizes.branching, dim=-1)
-    return token_ids, log_probs, torch.randint(-1, sizes.candidates, shape, device=device)
+    next_row = torch.randint(-1, sizes.candidates, shape, device=device)
+    next_row[:, -1] = -1
+    return token_ids, log_probs, next_row
 
 
 def random_tree(sizes: Sizes, nodes: int, device: torch.device) -> Tree:

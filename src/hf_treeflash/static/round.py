@@ -167,6 +167,7 @@ class StaticRound:
                 num_candidates=self.knobs.num_candidates,
                 branching=self.knobs.branching,
                 temperature=self.knobs.draft_temperature * self.generator.temperature,
+                draft_vocab=self.knobs.draft_vocab,
             )
         tables = transitions.token_ids, transitions.log_probs, transitions.next_row
         tree = build_tree(*tables, self.knobs.tree_budget)
