@@ -85,3 +85,14 @@ def test_stages_add_up_and_leave_nothing_wrapped(places, tmp_path, capsys):
     assert 0 < result["share_outside_models"] < 1 and result["rounds"] > 1
     assert "outside the models' forwards" in capsys.readouterr().out
     assert stages.generation.TreeDecoding.walk is walk
+
+
+def test_lookup_counts_both_kinds_of_prompts(places, tmp_path):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    lines = [f"    value_{index} = number + {index}" for index in range(7)]
+    (sources / "one.py").write_text("\n".join(["def first(number):", *lines, "    return number"]))
+    argv = [*options(places, "--target", "--drafter", "--prompts"), "--sources", str(sources), "--tree-budgets", "4"]
+    script("benchmarks/lookup.py").main([*argv, "--max-new-tokens", "6", "--json", str(tmp_path / "out.json")])
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(row["prompts"], row["count"]) for row in results] == [("copy-heavy", 1), ("ordinary", 2)]
