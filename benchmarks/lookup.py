@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sources", type=Path, default=PACKAGE, help="folder of Python files the target never saw")
     parser.add_argument("--limit", type=int, default=12, help="prompts of each kind")
     parser.add_argument("--tree-budgets", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--lookup-tokens", type=int, default=10, help="prompt_lookup_num_tokens")
+    parser.add_argument("--lookup-tokens", type=int, default=20, help="prompt_lookup_num_tokens")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--device")
     parser.add_argument("--dtype")

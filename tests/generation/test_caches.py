@@ -1,5 +1,6 @@
 """Caches and attention implementations: what works leaves a plain forward's cache, the rest is refused by name."""
 
+import shutil
 import threading
 
 import pytest
@@ -177,3 +178,14 @@ def test_threads_take_turns_with_a_replaced_attention():
     for thread in threads:
         thread.join()
     assert not wrong and target.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled on first use")
+def test_a_target_on_flex_attention_keeps_its_text():
+    """Plain passes run FlexAttention itself; verify passes, whose shapes change, another attention."""
+    target = tiny_target()
+    target.set_attn_implementation("flex_attention")
+    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+    plain = target.generate(prompt(), **settings)
+    assert torch.equal(plain, target.generate(prompt(), assistant_model=drafter_for(target), **settings))
+    assert target.config._attn_implementation == "flex_attention"
