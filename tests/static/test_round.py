@@ -179,7 +179,7 @@ def test_recording_in_the_middle_of_a_text_changes_nothing(target, monkeypatch):
     generate(target, drafter, padded(2), **settings)
     launcher = the_session(drafter)
     round = launcher.round
-    launcher.compiled, launcher.graphs, launcher.seen = True, {}, set()
+    launcher.compiled, launcher.steps_compiled, launcher.graphs, launcher.seen = True, True, {}, set()
     for seed in (3, 4):
         static = generate(target, drafter, padded(2, seed=seed), **settings)
         assert torch.equal(static.sequences, plainly(target, padded(2, seed=seed), **settings))

@@ -48,10 +48,8 @@ class Launcher:
         self.graphs: dict[int, torch.cuda.CUDAGraph] | None = {} if on_cuda and self.compiled else None
         self.pool = None if self.graphs is None else torch.cuda.graph_pool_handle()
         self.seen: set[int] = set()  # spans that were launched
-        if self.compiled:
-            options = compile_options(config or CompileConfig())
-            round.draft_step = torch.compile(round.draft_step, **options)
-            round.target_step = torch.compile(round.target_step, **options)
+        self.steps_compiled = False
+        self.options = compile_options(config or CompileConfig())
 
     def span_of(self, length: int) -> int:
         """Return how many slots a round looks at, given the longest row: few numbers, as each is compiled."""
@@ -61,18 +59,32 @@ class Launcher:
     def launch(self, span: int) -> None:
         """Run one round; one that fails on its way to the device has changed nothing yet, and can run plainly."""
         try:
-            if self.graphs is None:
-                self._run(span)
-            else:
-                if span not in self.graphs:
-                    self.graphs[span] = self._record(span)
-                self.graphs[span].replay()
+            self._attempt(span)
         except Exception as error:
             if span in self.seen or not (self.compiled or self.round.attention.by_kernel):
                 raise
             self._make_plain(error)
             self.round.run(span)
+            self.seen.add(span)
+
+    def _attempt(self, span: int) -> None:
+        if self.compiled and not self.steps_compiled:
+            # The first round runs as it is: transformers installs hooks in it, which compilation cannot trace.
+            self.round.run(span)
+            self._compile_steps()
+            return
+        if self.graphs is None:
+            self._run(span)
+        else:
+            if span not in self.graphs:
+                self.graphs[span] = self._record(span)
+            self.graphs[span].replay()
         self.seen.add(span)
+
+    def _compile_steps(self) -> None:
+        self.round.draft_step = torch.compile(self.round.draft_step, **self.options)
+        self.round.target_step = torch.compile(self.round.target_step, **self.options)
+        self.steps_compiled = True
 
     def _run(self, span: int) -> None:
         compiles = self.compiled and span not in self.seen
