@@ -32,7 +32,7 @@ CORE = {
     "validation",
     "verify",
 }
-CORE_LIBRARIES = {"torch", "transformers", "huggingface_hub", "safetensors"}
+CORE_LIBRARIES = {"numpy", "torch", "transformers", "huggingface_hub", "safetensors"}
 OPTIONAL = {"triton", "peft", "datasets", "matplotlib", "typer", "rich"}
 
 

@@ -301,12 +301,18 @@ def _commit_layer(
         else:
             kept = new_length - length
             if moved is not None:
-                columns = moved.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                states[:, :, stored : stored + kept] = states[:, :, stored:].gather(2, columns)
+                states[:, :, stored : stored + kept] = _columns(states[:, :, stored:], moved.to(states.device))
             states = states[:, :, max(0, stored + kept - keep) : stored + kept]
         setattr(layer, name, states)
     if window is not None:
         layer.cumulative_length = new_length
+
+
+def _columns(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return chosen columns of each row; `index` is `(batch, kept)`."""
+    if len(index) == 1:  # twice as fast on a CPU
+        return states.index_select(2, index[0])
+    return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
 __all__ = ["PrefixCache", "check_restorable", "recording_past"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 Key = tuple[int, int, int]  # batch row, depth index, row of the transitions
@@ -28,28 +29,32 @@ class HeadRows:
     """
 
     def __init__(self, score: Callable, embed: Callable, states, anchor_ids, shortlist, shortlist_log_probs):
-        self.score, self.embed, self.log_probs = score, embed, shortlist_log_probs
+        self.score, self.embed = score, embed
         # The head takes slots of one sequence: the batch's blocks stand one after another.
         self.states = [part.flatten(0, 1)[None] for part in states]
-        first = anchor_ids[:, None, None].expand(-1, 1, shortlist.shape[2])
-        self.previous = torch.cat([first, shortlist], dim=1)
+        # What is small is looked up on the host, where it costs a fraction of a tensor operation.
+        self.log_probs = shortlist_log_probs.float().numpy()
+        candidates, anchors = shortlist.numpy(), anchor_ids.numpy()
+        first = np.broadcast_to(anchors[:, None, None], (len(anchors), 1, candidates.shape[2]))
+        self.previous = np.concatenate([first, candidates], axis=1)
         # After the last depth comes none: no token has the id -1.
-        self.following = torch.cat([shortlist, torch.full_like(first, -1)], dim=1)
+        self.following = np.concatenate([candidates, np.full_like(first, -1)], axis=1)
         self.computed: dict[Key, tuple] = {}
 
     def read(self, index: int, depth: int, row: int) -> tuple[list[int], list[float], list[int]] | None:
         """Return a row's next tokens, their log-probabilities and the rows that continue them, or None."""
         return self.computed.get((index, depth, row))
 
+    @torch.no_grad()
     def compute(self, missing: list[Key]) -> None:
         """Compute rows, all in one batch."""
         keys = list(dict.fromkeys(missing))
-        index, depth, row = torch.tensor(keys).unbind(dim=1)
-        previous = self.embed(self.previous[index, depth, row])[None]
-        token_ids, log_probs = self.score(*self.states, previous, index * self.previous.shape[1] + depth)
-        token_ids, log_probs = token_ids[0], log_probs[0]
+        index, depth, row = np.array(keys).T
+        previous = self.embed(torch.from_numpy(self.previous[index, depth, row]))[None]
+        slots = torch.from_numpy(index * self.previous.shape[1] + depth)
+        token_ids, log_probs = (part[0].numpy() for part in self.score(*self.states, previous, slots))
         same = token_ids[:, :, None] == self.following[index, depth][:, None]
-        next_row = torch.where(same.any(dim=-1), same.byte().argmax(dim=-1), -1)
+        next_row = np.where(same.any(axis=2), same.argmax(axis=2), -1)
         self.computed.update(
             zip(keys, zip(token_ids.tolist(), log_probs.tolist(), next_row.tolist(), strict=True), strict=True)
         )
@@ -61,9 +66,9 @@ class HeadRows:
         if links:
             # The way down takes the best token of each slot. Given the one before it, a token is surer than its
             # marginal says: half the price.
-            way = torch.nn.functional.pad(self.log_probs[:, :-1, 0], (1, 0)).cumsum(dim=1) / 2
-            likely = (self.log_probs + way[..., None]).flatten(1)
-            places = likely.topk(min(count, links * rows), dim=1).indices
+            best = self.log_probs[:, :, :1] / 2
+            likely = (self.log_probs + best.cumsum(axis=1) - best).reshape(batch, -1)
+            places = np.argsort(-likely, axis=1, kind="stable")[:, :count]
             keys += [
                 (index, place // rows + 1, place % rows) for index, own in enumerate(places.tolist()) for place in own
             ]

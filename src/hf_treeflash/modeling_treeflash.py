@@ -164,7 +164,8 @@ class ARHead(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
     def _up_gate(self, previous: torch.Tensor, states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
-        if type(self.up_gate_proj) is not nn.Linear:  # adapted or quantised: only the module knows its weight
+        adapted = type(self.up_gate_proj) is not nn.Linear  # or quantised: only the module knows its weight
+        if adapted or previous.shape[1] <= states.shape[1]:
             return self.up_gate_proj(torch.cat([previous, by_slot(states, slots)], dim=-1))
         # The state's half of the product is the same for every previous token of a slot: compute it once.
         previous_weight, state_weight = self.up_gate_proj.weight.chunk(2, dim=1)
@@ -378,7 +379,8 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
         if on_demand is not None:
             log_z = (marginals[:, :links] / temperature).logsumexp(dim=-1, keepdim=True)
-            rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, top.values / temperature - log_z)
+            log_probs = top.values / temperature - log_z
+            rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, log_probs)
             rows.compute_likely(on_demand)
             return rows
         # One row for the anchor, then one per candidate of each further slot.
