@@ -290,6 +290,8 @@ def _commit_layer(
     source: torch.Tensor | None,
 ) -> None:
     """Compact one layer's keys and values; a sliding layer holds only the last columns of the prefix."""
+    if source is None and moved is None and new_length == length + tail and not hasattr(layer, "sliding_window"):
+        return  # the whole tail stays, as when nothing was drafted
     stored = layer.keys.shape[-2] - tail
     window = getattr(layer, "sliding_window", None)
     keep = new_length if window is None else min(new_length, window - 1)
