@@ -15,7 +15,7 @@ demo: $(VENV)/installed  ## Generate with the embedded pair, plain and with ever
 test: $(VENV)/installed  ## The whole suite
 	$(BIN)/python -m pytest -n 2
 
-test-oldest: $(VENV)-oldest/installed  ## The same on the oldest supported transformers
+test-oldest: $(VENV)-oldest/installed  ## The same on the oldest supported transformers, and int8 targets by torchao
 	$(VENV)-oldest/bin/python -m pytest -n 2 --ignore tests/kernels --ignore tests/training --ignore tests/cli
 
 check: $(VENV)/installed  ## Lint, format, types
@@ -51,7 +51,7 @@ $(VENV)-oldest/installed: pyproject.toml constraints.txt
 	sed 's/^transformers==.*/transformers==5.17.0/; /^tokenizers==/d; /^huggingface_hub==/d' constraints.txt \
 		> $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
-		--editable ".[$(EXTRAS)]" --group dev
+		--editable ".[$(EXTRAS)]" --group dev --group quantised
 	touch $@
 
 clean:

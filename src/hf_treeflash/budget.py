@@ -45,7 +45,7 @@ class AutoBudget:
     def __init__(self, batch: int, learnt: Learnt):
         self.batch, self.learnt = batch, learnt
         self.seconds: dict[int, float] = {}  # per round, by tree size
-        self.rounds = self.resting = 0
+        self.rounds = self.resting = self.picked = 0
         self.longest_rest = RESTS[0]
         self.tokens = self.elapsed = 0.0  # decayed sums over drafted rounds
         self._foreseen: float | None = None  # drafted tokens promised in this round, if it drafts
@@ -60,12 +60,17 @@ class AutoBudget:
             return False
         return True
 
+    @property
+    def limit(self) -> int:
+        """Nodes worth drafting in the coming round: one size more than was picked last."""
+        return next((size for size in SIZES if size > self.picked), SIZES[-1])
+
     def size(self, tree: DraftTree) -> int:
         """Return how many of a tree's nodes to verify; nodes stand best first, so any number is a tree.
 
         Args:
             tree ([`DraftTree`]):
-                Of the largest size.
+                Of `limit` nodes.
         """
         available = tree.token_ids.shape[1]
         gains = tree.path_log_probs[:, 1:].exp().mean(dim=0).cumsum(0).tolist()
@@ -82,7 +87,7 @@ class AutoBudget:
                 best, best_rate = size, rate
             if untried:  # one step up at a time
                 break
-        self._foreseen = foreseen[best]
+        self._foreseen, self.picked = foreseen[best], best
         return best
 
     def observe(self, tree: DraftTree, verdicts: list, seconds: float) -> None:
@@ -101,7 +106,10 @@ class AutoBudget:
             self._time(size, seconds)
         if self._foreseen is None:
             return
-        tokens = sum(len(verdict.path) for verdict in verdicts) / len(verdicts)
+        # A batch is done when its last row is: the slower half counts twice.
+        lengths = sorted(len(verdict.path) for verdict in verdicts)
+        lengths += lengths[: len(lengths) // 2]
+        tokens = sum(lengths) / len(lengths)
         learnt, promised = self.learnt, self._foreseen
         # Half of what was seen and half of what was foreseen: one round alone is chance.
         seen = 0.5 * (tokens + 1 + promised * learnt.accepted / learnt.foreseen)

@@ -129,9 +129,10 @@ class PrefixCache:
                 Which tail columns hold a token; None if all do.
         """
         counts = [len(path) for path in paths]
-        even = self.filled is None and min(counts) == max(counts)
-        if even:
+        even = min(counts) == max(counts)
+        if even:  # rows of different lengths stay aligned, too
             new_length = self.length + counts[0]
+            self.filled = None if self.filled is None else [have + counts[0] for have in self.filled]
             # Most paths are the tail's first columns: nothing has to move then.
             moved = None if all(path == list(range(counts[0])) for path in paths) else torch.tensor(paths)
             source = None

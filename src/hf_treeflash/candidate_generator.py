@@ -112,6 +112,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         context: Context,
         permitted: list[Lookahead] | None = None,
         lookup: tuple[list[list[int]], list[list[float]]] | None = None,
+        tree_budget: int | None = None,
     ) -> DraftTree:
         """Read the new context and draft the trees of one round.
 
@@ -124,11 +125,13 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
                 For each row, which tokens the call's processors leave possible after a path.
             lookup (`tuple[list[list[int]], list[list[float]]]`, *optional*):
                 For each row a chain of tokens to graft into its tree, and the probability of each token.
+            tree_budget (`int`, *optional*):
+                Nodes per tree, by default those of the knobs.
 
         Returns:
             [`DraftTree`]
         """
-        window, budget = self.knobs.draft_window, self.knobs.tree_budget
+        window, budget = self.knobs.draft_window, tree_budget or self.knobs.tree_budget
         context = context if window is None else context.last(window)
         slots, length = self.drafter.config.block_size, context.hidden_states.shape[1]
         counts = torch.tensor(context.counts, device=context.position_ids.device)

@@ -131,6 +131,7 @@ class TreeDecoding:
             functools.reduce(Context.followed_by, self.unread),
             self.lookaheads() if self.prunes else None,
             None if self.lookup is None else self.lookup.find(self.rows, self.sequences),
+            None if self.auto is None else self.auto.limit,
         )
         self.unread = []
         if self.auto is not None:
