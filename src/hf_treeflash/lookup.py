@@ -21,9 +21,16 @@ class PromptLookup:
             that matches of up to eight tokens are told apart by default.
         batch (`int`):
             Rows of the call.
+
+    Raises:
+        ValueError: For settings that could find nothing.
     """
 
     def __init__(self, generation_config: GenerationConfig, batch: int):
+        for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+            value = getattr(generation_config, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         self.tokens = generation_config.prompt_lookup_num_tokens
         self.longest = generation_config.max_matching_ngram_size or LONGEST_MATCH
         self.texts = [IndexedText() for _ in range(batch)]

@@ -64,7 +64,7 @@ def test_impossible_knobs_are_named(target, knobs, message):
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
         ({"use_cache": False}, "use_cache=True"),
         ({"assistant_early_exit": 2}, "`assistant_early_exit`"),
-        ({"prompt_lookup_num_tokens": 0}, "num_output_tokens"),
+        ({"prompt_lookup_num_tokens": 0}, "`prompt_lookup_num_tokens` must be"),
         ({"synced_gpus": True}, "synced_gpus"),
         ({"tree_budget": 16}, "tree_budget"),
     ],

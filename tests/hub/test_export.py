@@ -18,7 +18,7 @@ from tests.hub.pair_on_disk import letter_tokenizer
 from tests.tiny import prompt, tiny_drafter, tiny_target
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors"]
-CODE = ["checkpoints.py", "configuration_treeflash.py", "draft_head.py", "modeling_treeflash.py"]
+CODE = ["checkpoints.py", "configuration_treeflash.py", "draft_head.py", "head_rows.py", "modeling_treeflash.py"]
 CUSTOM_GENERATE = [
     f"custom_generate/{name}.py"
     for name in (
@@ -31,6 +31,7 @@ CUSTOM_GENERATE = [
         "generate",
         "generation",
         "logits_process",
+        "lookahead",
         "lookup",
         "outputs",
         "sequences",

@@ -70,7 +70,7 @@ def test_training_and_generation_draft_the_same(target, options, monkeypatch):
     rounds = []
 
     def record(*args, **kwargs):
-        rounds.append(type(drafter).draft(drafter, *args, **kwargs))
+        rounds.append(type(drafter).draft(drafter, *args, **kwargs | {"on_demand": None}))
         return rounds[-1]
 
     monkeypatch.setattr(drafter, "draft", record)
