@@ -125,7 +125,7 @@ class TreeDecoding:
     def draft(self) -> DraftTree:
         """Draft the trees of one round on the target's device."""
         if self.auto is not None and not self.auto.drafts():
-            return root_only(self.anchor_ids).to(self.anchor_ids.device)  # its context is read with the next draft
+            return root_only(self.anchor_ids)  # its context is read with the next draft
         tree = self.generator.draft_tree(
             self.anchor_ids,
             functools.reduce(Context.followed_by, self.unread),

@@ -244,7 +244,9 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
 
 def root_only(anchor_ids: torch.Tensor) -> DraftTree:
     """Return trees without branches: plain decoding."""
-    return tree_from_tables([NodeTable([anchor], [-1], [0], [0.0], [1]) for anchor in anchor_ids.tolist()])
+    token_ids = anchor_ids[:, None]
+    zeros = torch.zeros_like(token_ids)
+    return DraftTree(token_ids, zeros - 1, zeros, torch.ones_like(zeros[..., None], dtype=torch.bool), zeros.float())
 
 
 def build_by_level(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> DraftTree:
