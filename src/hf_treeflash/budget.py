@@ -139,14 +139,14 @@ class AutoBudget:
             self.learnt.slope = max(self.seconds[size] - self.seconds[below], 0) / ((size - below) * self.batch)
 
     def _consider_a_rest(self) -> None:
-        """The clearer the loss, the fewer rounds decide; a rest is as long as makes the loss 3 % of it."""
+        """The clearer the loss, the fewer rounds decide; a rest is as long as makes the loss 1.5 % of it."""
         plain = self.seconds[PLAIN]
         rate = self.tokens * plain / self.elapsed
         if rate >= 1:
             self.longest_rest = RESTS[0]
         elif rate < 1 - 0.4 / self.rounds:
             lost = self.elapsed / plain - self.tokens
-            self.resting = min(max(8, int(lost / 0.03)), self.longest_rest)
+            self.resting = min(max(8, int(lost / 0.015)), self.longest_rest)
             self.longest_rest = min(2 * self.longest_rest, RESTS[1])
             self.rounds, self.tokens, self.elapsed = 1, 0.0, 0.0  # the next time one clear loss is enough
 
