@@ -29,6 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tree-budgets", type=budget, nargs="+", default=[16, 32, 64], help="numbers, or auto")
     parser.add_argument("--num-candidates", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--prompt-lookup", type=int, help="add every tree once more with this many looked-up tokens")
+    parser.add_argument("--static", action="store_true", help="all but the chain once more over static caches")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
@@ -40,8 +41,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def arms(drafter, tree_budgets: list, num_candidates: list[int], prompt_lookup: int | None = None) -> list[Arm]:
-    """Return plain decoding, the chain, a marginal tree per budget, a TreeFlash tree per budget and candidates."""
+def arms(
+    drafter, tree_budgets: list, num_candidates: list[int], prompt_lookup: int | None = None, static: bool = False
+) -> list[Arm]:
+    """Return plain decoding, the chain, a marginal tree per budget, a TreeFlash tree per budget and candidates.
+
+    With `static` all but the chain come again over static caches: on CUDA compiled, and recorded as graphs.
+    """
     marginal = without_head(drafter)
     listed = [Arm("plain"), Arm("chain", drafter, {"speculation_type": "dflash"})]
     for budget in tree_budgets:
@@ -53,6 +59,9 @@ def arms(drafter, tree_budgets: list, num_candidates: list[int], prompt_lookup: 
     if prompt_lookup is not None:
         options = {"prompt_lookup_num_tokens": prompt_lookup}
         listed += [Arm(f"{arm.name} + lookup", arm.drafter, options) for arm in listed if "tree" in arm.name.lower()]
+    if static:
+        options = {"cache_implementation": "static"}
+        listed += [Arm(f"{arm.name}, static", arm.drafter, options) for arm in listed if not arm.options]
     return listed
 
 
@@ -67,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         result = compare(
             target,
-            arms(drafter, args.tree_budgets, args.num_candidates, args.prompt_lookup),
+            arms(drafter, args.tree_budgets, args.num_candidates, args.prompt_lookup, args.static),
             prompts,
             task=args.task or args.prompts.stem,
             max_new_tokens=args.max_new_tokens,

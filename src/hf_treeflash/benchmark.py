@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +32,14 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_static(self) -> bool:
+        """Whether it decodes over static caches, where passes may be replayed without a call that could be counted."""
+        return self.options.get("cache_implementation") == "static"
+
+    @property
     def knobs(self) -> dict[str, Any]:
         """The drafting knobs this arm runs with; a chain and plain decoding have none."""
-        if self.drafter is None or self.options:
+        if self.drafter is None or "speculation_type" in self.options:
             return {}
         return {knob: getattr(self.drafter.generation_config, knob) for knob in DRAFTING_DEFAULTS}
 
@@ -148,28 +153,32 @@ def compare(
     prompts = [prompt.to(target.device) for prompt in prompts]
     kwargs = {"max_new_tokens": max_new_tokens, **generate_kwargs}
 
-    def decode(arm: Arm, index: int, streamer: BaseStreamer | None = None) -> torch.Tensor:
+    def decode(arm: Arm, index: int, **more):
         prompt = prompts[index]
         torch.manual_seed(seed + index)
-        ids = target.generate(
+        return target.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             assistant_model=arm.drafter,
-            streamer=streamer,
             **kwargs,
             **arm.options,
+            **more,
         )
-        return ids[0, prompt.shape[1] :]
 
     records = []
     for arm in arms:
-        texts, rounds = [], []
-        for index in range(len(prompts)):
+        texts, passes = [], []
+        for index, prompt in enumerate(prompts):
             recorder = RoundRecorder()
-            with recorder.watching(target):
-                texts.append(decode(arm, index, recorder).tolist())
-            rounds += recorder.rounds[1:]
-        records.append((texts, [len(tokens) for tokens in rounds]))
+            with nullcontext() if arm.is_static else recorder.watching(target):
+                streamer = None if arm.is_static else recorder
+                output = decode(arm, index, streamer=streamer, return_dict_in_generate=True)
+            texts.append(output.sequences[0, prompt.shape[1] :].tolist())
+            if not arm.is_static:
+                passes += [len(tokens) for tokens in recorder.rounds[1:]]
+            else:  # as the call itself reports; plain decoding takes a pass per token
+                passes += [1] * (len(texts[-1]) - 1) if arm.drafter is None else output.acceptance_lengths[0]
+        records.append((texts, passes))
     seconds = _time_interleaved(decode, arms, len(prompts), repeats, target.device)
     return {
         "task": task,

@@ -77,6 +77,17 @@ def test_end_to_end_covers_the_grid(places, tmp_path):
     assert [arm["name"] for arm in results[0]["arms"]] == names
 
 
+def test_end_to_end_over_static_caches_counts_the_same_passes(places, tmp_path):
+    argv = [*options(places, "--target", "--drafter", "--prompts"), "--tree-budgets", "6", "--num-candidates", "2"]
+    argv += ["--static", "--temperatures", "0", "--max-new-tokens", "6", "--repeats", "1", "--limit", "1"]
+    script("benchmarks/end_to_end.py").main([*argv, "--json", str(tmp_path / "out.json")])
+    by_name = {arm["name"]: arm for arm in json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"]}
+    static = {name.removesuffix(", static") for name in by_name if name.endswith(", static")}
+    assert static == {"plain", "marginal tree B6", "TreeFlash tree B6 M2"}
+    for name in static:
+        assert by_name[f"{name}, static"]["identical"] and by_name[f"{name}, static"]["tau"] == by_name[name]["tau"]
+
+
 def test_stages_add_up_and_leave_nothing_wrapped(places, tmp_path, capsys):
     stages = script("benchmarks/stages.py")
     walk = stages.generation.TreeDecoding.walk
