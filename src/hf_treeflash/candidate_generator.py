@@ -160,7 +160,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         if window is not None:
             self.prefix.trim(window)
         if permitted is None and lookup is None:
-            return build_tree(transitions, anchor_ids.to(self.device), budget)
+            return build_tree(transitions, anchor_ids, budget)
         tables = build_tables(transitions, anchor_ids, budget, permitted)
         if lookup is not None:
             chains, trusts = lookup

@@ -32,9 +32,10 @@ class HeadRows:
         self.score, self.embed = score, embed
         # The head takes slots of one sequence: the batch's blocks stand one after another.
         self.states = [part.flatten(0, 1)[None] for part in states]
-        # What is small is looked up on the host, where it costs a fraction of a tensor operation.
-        self.log_probs = shortlist_log_probs.float().numpy()
-        candidates, anchors = shortlist.numpy(), anchor_ids.numpy()
+        # What is small is looked up on the host, where it costs a fraction of a tensor operation. The target, which
+        # scores the tokens, may be on another device than the drafter.
+        self.log_probs = shortlist_log_probs.float().cpu().numpy()
+        candidates, anchors = shortlist.cpu().numpy(), anchor_ids.cpu().numpy()
         first = np.broadcast_to(anchors[:, None, None], (len(anchors), 1, candidates.shape[2]))
         self.previous = np.concatenate([first, candidates], axis=1)
         # After the last depth comes none: no token has the id -1.
@@ -52,7 +53,7 @@ class HeadRows:
         index, depth, row = np.array(keys).T
         previous = self.embed(torch.from_numpy(self.previous[index, depth, row]))[None]
         slots = torch.from_numpy(index * self.previous.shape[1] + depth)
-        token_ids, log_probs = (part[0].numpy() for part in self.score(*self.states, previous, slots))
+        token_ids, log_probs = (part[0].cpu().numpy() for part in self.score(*self.states, previous, slots))
         same = token_ids[:, :, None] == self.following[index, depth][:, None]
         next_row = np.where(same.any(axis=2), same.argmax(axis=2), -1)
         self.computed.update(

@@ -85,18 +85,18 @@ def build_tree(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> Draft
         transitions ([`Transitions`] or, on a CPU, [`HeadRows`]):
             What the drafter proposes, see [`TreeFlashDraftModel.draft`].
         anchor_ids (`torch.LongTensor` of shape `(batch,)`):
-            Newest committed tokens, on the device of `transitions`.
+            Newest committed tokens.
         tree_budget (`int`):
             Nodes per tree, root included.
 
     Returns:
-        [`DraftTree`]: On the same device; smaller than the budget where there are not enough candidates.
+        [`DraftTree`]: On the device of `transitions`; smaller than the budget where there are not enough candidates.
 
     Source: arXiv 2606.03819; the selection is OPT-Tree's (arXiv 2406.17276).
     """
-    if anchor_ids.device.type == "cpu":
-        return tree_from_tables(build_tables(transitions, anchor_ids, tree_budget))
-    return build_by_level(transitions, anchor_ids, tree_budget)
+    if isinstance(transitions, tuple) and transitions.log_probs.device.type != "cpu":
+        return build_by_level(transitions, anchor_ids.to(transitions.log_probs.device), tree_budget)
+    return tree_from_tables(build_tables(transitions, anchor_ids, tree_budget))
 
 
 def build_tables(

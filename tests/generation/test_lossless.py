@@ -1,11 +1,9 @@
 """Outputs are those of plain `generate`: greedy token for token, sampled seed for seed and in law."""
 
-import itertools
-import math
-
 import pytest
 import torch
 
+from tests.law import check_law, text_law
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 SAMPLERS = {
@@ -56,12 +54,6 @@ def test_same_seed_same_text_as_plain_sampling(targets, settings, head):
         assert torch.equal(torch.get_rng_state(), state)  # not one draw more or less
 
 
-def chi_squared_bound(degrees: int) -> float:
-    """Wilson-Hilferty approximation of the 99.9 % quantile."""
-    spread = 2 / (9 * degrees)
-    return degrees * (1 - spread + 3.09 * math.sqrt(spread)) ** 3
-
-
 @pytest.mark.parametrize(("batch", "samples", "length"), [(1, 500, 2), (100, 4000, 3)])
 def test_sampled_texts_have_the_targets_law(batch, samples, length):
     """Sampled texts over five tokens against the exact law."""
@@ -69,21 +61,14 @@ def test_sampled_texts_have_the_targets_law(batch, samples, length):
     drafter = with_knobs(tiny_drafter(vocab_size=5, mask_token_id=4, block_size=4), tree_budget=8, num_candidates=3)
     drafter.generation_config.branching = 3
     ids = torch.tensor([[1, 2]])
-    law = {}
-    for text in itertools.product(range(5), repeat=length):
-        with torch.no_grad():
-            logits = target(torch.cat([ids, torch.tensor([text])], dim=1)).logits[0, 1:-1]
-        law[text] = float(logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum().exp())
-    assert math.isclose(sum(law.values()), 1, abs_tol=1e-4)
+    law = text_law(target, ids, length)
     torch.manual_seed(1234)
-    counts = dict.fromkeys(law, 0)
+    texts: list[list[int]] = []
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": length, "pad_token_id": 0}
     for _ in range(samples // batch):
-        texts = target.generate(ids.expand(batch, -1), assistant_model=drafter, **settings)
-        for text in texts[:, 2:].tolist():
-            counts[tuple(text)] += 1
-    statistic = sum((counts[text] - samples * p) ** 2 / (samples * p) for text, p in law.items())
-    assert statistic < chi_squared_bound(len(law) - 1)
+        ids_and_texts = target.generate(ids.expand(batch, -1), assistant_model=drafter, **settings)
+        texts += ids_and_texts[:, 2:].tolist()
+    check_law(law, texts)
 
 
 def test_node_logits_equal_their_path_run_alone(targets):

@@ -1,8 +1,5 @@
 """`cache_implementation="static"`: the texts are plain `generate`'s."""
 
-import itertools
-import math
-
 import pytest
 import torch
 from transformers import TextStreamer
@@ -10,7 +7,7 @@ from transformers import TextStreamer
 from tests.families.checks import ending_at
 from tests.families.models import FAMILIES
 from tests.generation.test_batch import padded
-from tests.generation.test_lossless import chi_squared_bound
+from tests.law import check_law, text_law
 from tests.static.calls import drafter_of, generate, plainly, the_session
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
@@ -176,20 +173,14 @@ def test_sampled_batches_have_the_targets_law():
     target = tiny_target(vocab_size=5, eos_token_id=None, bos_token_id=None, pad_token_id=None, initializer_range=0.15)
     drafter = tiny_drafter(vocab_size=5, mask_token_id=4, block_size=4)
     drafter = with_knobs(drafter, tree_budget=8, num_candidates=3, branching=3)
-    ids, samples, law = torch.tensor([[1, 2]]), 4000, {}
-    for text in itertools.product(range(5), repeat=3):
-        with torch.no_grad():
-            logits = target(torch.cat([ids, torch.tensor([text])], dim=1)).logits[0, 1:-1]
-        law[text] = float(logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum().exp())
-    assert math.isclose(sum(law.values()), 1, abs_tol=1e-4)
+    ids, samples = torch.tensor([[1, 2]]), 4000
+    law = text_law(target, ids, 3)
     torch.manual_seed(1234)
-    counts = dict.fromkeys(law, 0)
+    texts: list[list[int]] = []
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 3, "pad_token_id": 0}
     for _ in range(8):
         static = generate(target, drafter, {"input_ids": ids.expand(samples // 8, -1)}, **settings)
         assert static.block_efficiency > 1.1  # paths of several nodes, or the test shows little
-        for text in static.sequences[:, 2:].tolist():
-            counts[tuple(text)] += 1
-    statistic = sum((counts[text] - samples * p) ** 2 / (samples * p) for text, p in law.items())
-    assert statistic < chi_squared_bound(len(law) - 1)
+        texts += static.sequences[:, 2:].tolist()
+    check_law(law, texts)
     assert the_session(drafter).round.noise is not None
