@@ -94,9 +94,11 @@ def build_tree(transitions, anchor_ids: torch.Tensor, tree_budget: int) -> Draft
 
     Source: arXiv 2606.03819; the selection is OPT-Tree's (arXiv 2406.17276).
     """
-    if isinstance(transitions, tuple) and transitions.log_probs.device.type != "cpu":
-        return build_by_level(transitions, anchor_ids.to(transitions.log_probs.device), tree_budget)
-    return tree_from_tables(build_tables(transitions, anchor_ids, tree_budget))
+    # Rows on demand are at home on the host; tables are where the target's output layer left them.
+    device = transitions[0].device if isinstance(transitions, tuple) else torch.device("cpu")
+    if device.type == "cpu":
+        return tree_from_tables(build_tables(transitions, anchor_ids, tree_budget))
+    return build_by_level(transitions, anchor_ids.to(device), tree_budget)
 
 
 def build_tables(
