@@ -9,6 +9,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .storage import Storage, StoredLayer, release, share
+
 
 def check_restorable(cache: Cache | None) -> None:
     """Refuse a cache from which the rejected nodes of a tree cannot be dropped again.
@@ -76,6 +78,7 @@ class PrefixCache:
         # Rows taken out, by their place in the first batch.
         self.rows = list(range(cache.layers[0].keys.shape[0])) if keep_rows else None
         self.taken_out: dict[int, StoredRow] = {}
+        self.storages: list[Storage] | None = None  # until the first commit
 
     def visible(
         self,
@@ -141,8 +144,12 @@ class PrefixCache:
             moved = None
         if self.valid is not None or tail_valid is not None or not even:
             self._commit_valid(paths, tail, tail_valid, source)
+        if self.storages is None:  # rows of a batch shift against each other, a single one stays where it is
+            self.storages = share(self.cache) if len(paths) == 1 else []
+        for storage in self.storages:
+            storage.commit(self.length, None if moved is None else moved[0], counts[0])
         for layer in self.cache.layers:
-            if layer.is_initialized:
+            if layer.is_initialized and not isinstance(layer, StoredLayer):
                 _commit_layer(layer, self.length, tail, new_length, moved, source)
         self.length = new_length
 
@@ -150,8 +157,11 @@ class PrefixCache:
         """Keep only the last columns."""
         if self.length <= columns:
             return
+        for storage in self.storages or ():
+            storage.trim(self.length - columns)
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, -columns:], layer.values[:, :, -columns:]
+            if not isinstance(layer, StoredLayer):
+                layer.keys, layer.values = layer.keys[:, :, -columns:], layer.values[:, :, -columns:]
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = columns
         self.valid = None if self.valid is None else self.valid[:, -columns:]
@@ -160,8 +170,10 @@ class PrefixCache:
 
     def rollback(self) -> None:
         """Drop the tail of a pass that was not committed, whole or broken off."""
+        for storage in self.storages or ():
+            storage.cut(self.length)
         for layer in self.cache.layers:
-            if layer.is_initialized:
+            if layer.is_initialized and not isinstance(layer, StoredLayer):
                 extra = layer.get_seq_length() - self.length
                 layer.keys, layer.values = (s[:, :, : s.shape[2] - extra] for s in (layer.keys, layer.values))
                 if hasattr(layer, "cumulative_length"):
@@ -182,7 +194,7 @@ class PrefixCache:
             self.filled = [self.filled[row] for row in rows]
 
     def restore_rows(self, length: int | None = None, run_last=None) -> None:
-        """Put rows that were taken out back in and each row's columns to the left edge, as plain decoding has them.
+        """Leave the cache as plain decoding does: with its own layers, and all rows back in, each at the left edge.
 
         Args:
             length (`int`, *optional*):
@@ -191,6 +203,7 @@ class PrefixCache:
                 Runs the target over the last token of some rows, given a cache of these rows: plain decoding computes
                 its state for every row but the longest.
         """
+        release(self.cache)
         if self.rows is None or (self.filled is None and not self.taken_out and length in (None, self.length)):
             return
         rows = self.taken_out | {row: self._row(index) for index, row in enumerate(self.rows)}

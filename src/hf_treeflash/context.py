@@ -71,25 +71,36 @@ class Context(NamedTuple):
             self.hidden_states[:, -length:], self.position_ids[:, -length:], [length] * len(self.counts), valid
         )
 
-    def followed_by(self, other: "Context") -> "Context":
-        """Append a later context of the same rows, closing up the filler in between."""
-        length, counts = self.position_ids.shape[1], [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        columns = [
-            [*range(first), *range(length, length + then), *[0] * (max(counts) - first - then)]
-            for first, then in zip(self.counts, other.counts, strict=True)
+    @classmethod
+    def joined(cls, parts: "list[Context]") -> "Context":
+        """Append successive contexts of the same rows to each other, closing up the filler in between."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        states = torch.cat([part.hidden_states.to(first.hidden_states.device) for part in parts], dim=1)
+        positions = torch.cat([part.position_ids.to(first.position_ids.device) for part in parts], dim=1)
+        counts = [sum(of_row) for of_row in zip(*(part.counts for part in parts), strict=True)]
+        if all(part.valid is None for part in parts):
+            return cls(states, positions, counts)
+        columns: list[list[int]] = [[] for _ in counts]
+        start = 0
+        for part in parts:
+            for own, count in zip(columns, part.counts, strict=True):
+                own += range(start, start + count)
+            start += part.position_ids.shape[1]
+        index = torch.tensor([own + [0] * (max(counts) - len(own)) for own in columns], device=positions.device)
+        valids = [
+            torch.ones_like(part.position_ids, dtype=torch.bool) if part.valid is None else part.valid
+            for part in parts
         ]
-        index = torch.tensor(columns, device=self.position_ids.device)
-        states = torch.cat([self.hidden_states, other.hidden_states.to(self.hidden_states.device)], dim=1)
-        states = states.gather(1, index.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
-        positions = torch.cat([self.position_ids, other.position_ids.to(index.device)], dim=1).gather(1, index)
-        if self.valid is None and other.valid is None:
-            return Context(states, positions, counts)
-        valid = [
-            torch.ones_like(c.position_ids, dtype=torch.bool) if c.valid is None else c.valid for c in (self, other)
-        ]
-        kept = torch.cat([v.to(index.device) for v in valid], dim=1).gather(1, index)
+        valid = torch.cat([valid.to(index.device) for valid in valids], dim=1)
         present = torch.arange(max(counts), device=index.device) < torch.tensor(counts, device=index.device)[:, None]
-        return Context(states, positions, counts, kept & present)
+        return cls(
+            states.gather(1, index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])),
+            positions.gather(1, index),
+            counts,
+            valid.gather(1, index) & present,
+        )
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class TreeDecoding:
         )
         if earlier is not None:
             self.generator.prefix, pending = earlier
-            context = pending.followed_by(context)
+            context = Context.joined([pending, context])
         self.unread = [context]  # target states the drafter has yet to read
         self.recorder.prefill(outputs)
         # The prompt's last token is the root of a tree without branches.
@@ -128,7 +128,7 @@ class TreeDecoding:
             return root_only(self.anchor_ids)  # its context is read with the next draft
         tree = self.generator.draft_tree(
             self.anchor_ids,
-            functools.reduce(Context.followed_by, self.unread),
+            Context.joined(self.unread),
             self.lookaheads() if self.prunes else None,
             None if self.lookup is None else self.lookup.find(self.rows, self.sequences),
             None if self.auto is None else self.auto.limit,
@@ -183,8 +183,7 @@ class TreeDecoding:
         steps = ids.shape[1] - self.sequences.prompt_length
         self.prefix.restore_rows(self.prompt_columns + steps - 1, self._run_last)
         if len(self.acceptance_lengths) == 1:
-            pending = functools.reduce(Context.followed_by, self.unread)
-            remember_context(cache, self.drafter, self.generator.prefix, pending)
+            remember_context(cache, self.drafter, self.generator.prefix, Context.joined(self.unread))
         if self.streamer is not None:
             self.streamer.end()
         if not self.generation_config.return_dict_in_generate:

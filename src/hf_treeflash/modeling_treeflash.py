@@ -72,6 +72,15 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return states * cos + rotate_half(states) * sin
 
 
+class RMSNorm(Qwen3RMSNorm):
+    """The same norm, in one operation where nothing is trained."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
 class TreeFlashAttention(nn.Module):
     """Attention of a block over the context and itself, without a causal order."""
 
@@ -91,8 +100,8 @@ class TreeFlashAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states, context, position_embeddings, attention_mask, past_key_values, **kwargs):
         batch, slots, _ = hidden_states.shape
@@ -128,8 +137,8 @@ class TreeFlashDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = TreeFlashAttention(config, layer_idx)
         self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states, context, **kwargs):
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, **kwargs)
@@ -141,7 +150,7 @@ class ARHead(nn.Module):
 
     def __init__(self, config: TreeFlashConfig):
         super().__init__()
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = RMSNorm(config.hidden_size, eps=1e-6)
         self.up_gate_proj = nn.Linear(2 * config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         # `post_init` overwrites values set here, so the leaf carries a mark for `_init_weights` instead.
@@ -165,7 +174,7 @@ class ARHead(nn.Module):
 
     def _up_gate(self, previous: torch.Tensor, states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
         adapted = type(self.up_gate_proj) is not nn.Linear  # or quantised: only the module knows its weight
-        if adapted or previous.shape[1] <= states.shape[1]:
+        if adapted or previous.shape[1] <= 4 * states.shape[1]:  # few rows cost less than more operations
             return self.up_gate_proj(torch.cat([previous, by_slot(states, slots)], dim=-1))
         # The state's half of the product is the same for every previous token of a slot: compute it once.
         previous_weight, state_weight = self.up_gate_proj.weight.chunk(2, dim=1)
@@ -176,7 +185,7 @@ class ARHead(nn.Module):
 
 def by_slot(states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
     """Repeat each slot's states for its rows."""
-    return states if slots is None else states[:, slots]
+    return states if slots is None else states.index_select(1, slots)
 
 
 class TreeFlashPreTrainedModel(PreTrainedModel):
@@ -214,9 +223,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
     def __init__(self, config: TreeFlashConfig):
         super().__init__(config)
         self.fc = nn.Linear(len(config.target_layer_ids or []) * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(TreeFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         self.ar_head = ARHead(config) if config.ar_head is not None else None
         self.gradient_checkpointing = False
@@ -368,8 +377,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
         links = hidden.shape[1] - 1
         marginals = lm_head(normed[:, :links] if draft_vocab is None else normed)
-        top = marginals[:, :links].topk(min(num_candidates, self.config.vocab_size), dim=-1)
-        shortlist = top.indices
+        shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], num_candidates, temperature)
         row_head, vocabulary = narrowed(lm_head, marginals, draft_vocab)
 
         def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
@@ -378,9 +386,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             return token_ids if vocabulary is None else vocabulary[token_ids], log_probs
 
         if on_demand is not None:
-            log_z = (marginals[:, :links] / temperature).logsumexp(dim=-1, keepdim=True)
-            log_probs = top.values / temperature - log_z
-            rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, log_probs)
+            rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, shortlist_log_probs)
             rows.compute_likely(on_demand)
             return rows
         # One row for the anchor, then one per candidate of each further slot.

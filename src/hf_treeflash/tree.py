@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 Permitted = Callable[[list[int]], torch.Tensor]
@@ -233,13 +234,13 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
     masks = [row.ancestors + [1 << node for node in range(len(row.ancestors), nodes)] for row in rows]
     width = (nodes + 7) // 8
     packed = b"".join(word.to_bytes(width, "little") for words in masks for word in words)
-    octets = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(len(rows), nodes, width)
-    bits = octets[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    octets = np.frombuffer(packed, dtype=np.uint8).reshape(len(rows), nodes, width)
+    sees = np.unpackbits(octets, axis=2, count=nodes, bitorder="little").view(np.bool_)
     return DraftTree(
         token_ids=stack("token_ids", 0),
         parents=stack("parents", -1),
         depths=stack("depths", 0),
-        ancestor_mask=bits.flatten(2)[..., :nodes].bool(),
+        ancestor_mask=torch.from_numpy(sees),
         path_log_probs=stack("path_log_probs", float("-inf")),
     )
 

@@ -1,0 +1,152 @@
+"""Keys and values of one text's layers in one tensor: passes append in place, a commit moves all layers at once."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 256  # columns kept free; a full storage is copied to a larger one
+MOST_BYTES = 256 << 20  # of one storage: the copy needs as much again
+
+
+class Storage:
+    """The states of layers of one shape, for a single text.
+
+    Args:
+        layers (`list[DynamicLayer]`):
+            Layers to take over, of batch size 1.
+    """
+
+    def __init__(self, layers: list[DynamicLayer]):
+        self.begin = 0  # columns before it were trimmed
+        self.layers = [StoredLayer(self, layer) for layer in layers]
+        parts = [states for layer in layers for states in (layer.keys, layer.values)]
+        length = parts[0].shape[2]
+        self._allocate(parts[0].new_empty(len(parts), *_with_columns(parts[0], length + ROOM)))
+        for own, states in zip(self.states, parts, strict=True):
+            own[:, :, :length] = states
+
+    def reserve(self, columns: int) -> None:
+        """Make room for so many columns, counted from the first that is kept."""
+        if self.begin + columns > self.states.shape[3]:
+            kept = self.states[:, :, :, self.begin :]
+            self._allocate(kept.new_empty(len(kept), *_with_columns(kept[0], columns + ROOM)))
+            self.states[:, :, :, : kept.shape[3]] = kept
+            self.begin = 0
+
+    def commit(self, length: int, path: torch.Tensor | None, kept: int) -> None:
+        """Keep `kept` columns behind the first `length`: the next ones, or those at a path's places after them.
+
+        Args:
+            length (`int`):
+                Columns before the pass.
+            path (`torch.LongTensor` of shape `(kept,)`, *optional*):
+                Places of the columns to keep.
+            kept (`int`):
+                How many are kept.
+        """
+        if path is not None:
+            tail = self.states[:, :, :, self.begin + length :]
+            tail[:, :, :, :kept] = tail.index_select(3, path.to(tail.device))
+        self.cut(length + kept)
+
+    def cut(self, length: int) -> None:
+        """Drop all columns but the first."""
+        for layer in self.layers:
+            layer.length = length
+
+    def trim(self, columns: int) -> None:
+        """Drop columns at the front."""
+        self.begin += columns
+        for layer in self.layers:
+            layer.length -= columns
+
+    def _allocate(self, states: torch.Tensor) -> None:
+        self.states = states
+        for layer, keys, values in zip(self.layers, states[0::2], states[1::2], strict=True):
+            layer.stores = keys, values
+
+
+class StoredLayer(DynamicLayer):
+    """A layer whose keys and values are a part of a [`Storage`].
+
+    Args:
+        storage ([`Storage`]):
+            Where they are.
+        layer ([`DynamicLayer`]):
+            The layer it stands in for.
+    """
+
+    stores: tuple[torch.Tensor, torch.Tensor]
+
+    def __init__(self, storage: Storage, layer: DynamicLayer):
+        # Not the parent's, which sets what is computed here.
+        self.storage, self.layer, self.length = storage, layer, layer.keys.shape[2]
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Keys so far, `(1, heads, columns, head_dim)`."""
+        return self.stores[0].narrow(2, self.storage.begin, self.length)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Values so far, of the same shape."""
+        return self.stores[1].narrow(2, self.storage.begin, self.length)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append a pass's columns; return all keys and values."""
+        new = key_states.shape[2]
+        self.storage.reserve(self.length + new)
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store.narrow(2, self.storage.begin + self.length, new).copy_(states)
+        self.length += new
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Return the number of columns."""
+        return self.length
+
+
+def share(cache: Cache) -> list[Storage]:
+    """Move a cache's full-attention layers into storages; `release` undoes it.
+
+    Args:
+        cache ([`Cache`]):
+            Of batch size 1; layers of other kinds are left as they are.
+    """
+    storages = []
+    for places in _groups(cache):
+        storage = Storage([cache.layers[place] for place in places])
+        for place, layer in zip(places, storage.layers, strict=True):
+            cache.layers[place] = layer
+        storages.append(storage)
+    return storages
+
+
+def release(cache: Cache) -> None:
+    """Give a cache its own layers back, with what was written since."""
+    for place, layer in enumerate(cache.layers):
+        if isinstance(layer, StoredLayer):
+            layer.layer.keys, layer.layer.values = layer.keys.contiguous(), layer.values.contiguous()
+            cache.layers[place] = layer.layer
+
+
+def _groups(cache: Cache) -> Iterator[list[int]]:
+    """Yield the places of layers that can share a storage."""
+    alike: dict[tuple, list[int]] = {}
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized and layer.keys.shape == layer.values.shape:
+            alike.setdefault((layer.keys.shape, layer.keys.dtype, layer.keys.device), []).append(place)
+    for places in alike.values():
+        each = max(1, MOST_BYTES // (2 * cache.layers[places[0]].keys.nbytes))
+        yield from (places[start : start + each] for start in range(0, len(places), each))
+
+
+def _with_columns(states: torch.Tensor, columns: int) -> tuple[int, int, int, int]:
+    batch, heads, _, size = states.shape
+    return batch, heads, columns, size
+
+
+__all__ = ["Storage", "release", "share"]
