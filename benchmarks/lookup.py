@@ -56,6 +56,12 @@ def copy_heavy(folder: Path, tokenizer, limit: int, least: int = 150, most: int 
     return prompts[:limit]
 
 
+def random_tokens(vocab_size: int, limit: int, length: int = 64) -> list[torch.Tensor]:
+    """Return prompts without any sense, where neither the drafter nor the lookup has much to go by."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (1, length), generator=generator) for _ in range(limit)]
+
+
 def block_efficiency(target, drafter, prompts: list[torch.Tensor], max_new_tokens: int, **options) -> float:
     """Return tokens per target pass over all prompts, greedy."""
     lengths: list[int] = []
@@ -82,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = {
         "copy-heavy": copy_heavy(args.sources, tokenizer, args.limit),
         "ordinary": [encode_prompt(tokenizer, entry["prompt"]) for entry in listed],
+        "random": random_tokens(len(tokenizer), len(listed)),
     }
     record = {**describe_pair(target, tokenizer, drafter), "environment": environment(target), "results": []}
     for kind, prompts in kinds.items():

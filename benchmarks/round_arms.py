@@ -66,13 +66,12 @@ class Eager:
         self.generator = TreeFlashCandidateGenerator(
             self.drafter, self.target.get_input_embeddings(), self.target.get_output_embeddings()
         )
-        self.generator.prefix = PrefixCache(random_cache(self.drafter, setting.context - setting.accepted))
-        self.prefix = PrefixCache(random_cache(self.target, setting.context))
+        self.generator.prefix = kept_prefix(self.drafter, setting.context - setting.accepted)
+        self.prefix = kept_prefix(self.target, setting.context)
         self.anchor, self.states, positions = unread(setting)
         self.context = Context(self.states, positions, [setting.accepted])
         self.position = torch.tensor([setting.context], device=self.target.device)
-        self.lengths = self.prefix.length, self.generator.prefix.length
-        self.forget = rewinder(self.prefix.cache, self.generator.prefix.cache)
+        self.lengths = {prefix: prefix.length for prefix in (self.prefix, self.generator.prefix)}
         # Stages within the drafting call: whose method they are and what its own time belongs to.
         self.inner = [
             (self.drafter, "draft", "heads"),
@@ -94,8 +93,9 @@ class Eager:
         self.accepted = len(path)
 
     def rewind(self) -> None:
-        self.forget()
-        self.prefix.length, self.generator.prefix.length = self.lengths
+        for prefix, length in self.lengths.items():
+            prefix.length = length
+            prefix.rollback()
 
 
 class Reference:
@@ -200,6 +200,13 @@ def random_cache(model, length: int) -> DynamicCache:
         shape = (1, config.num_key_value_heads, length, config.head_dim)
         cache.update(*torch.randn(2, *shape, dtype=model.dtype, device=model.device), layer)
     return cache
+
+
+def kept_prefix(model, length: int) -> PrefixCache:
+    """Return such a cache as it is between two rounds of a call."""
+    prefix = PrefixCache(random_cache(model, length))
+    prefix.commit([[]], tail=0)
+    return prefix
 
 
 def rewinder(*caches: DynamicCache) -> Callable[[], None]:

@@ -37,7 +37,7 @@ from hf_treeflash.training.responses import left_padded
 BUDGETS = (16, 64)
 # Below 1, since a greedy target takes its likeliest token more often than its distribution says.
 TEMPERATURES = (1.0, 0.6, 0.4)
-KNOBS = [(8, 4), (12, 4), (16, 4), (24, 4), (24, 8), (32, 8)]  # tree budget, candidates
+KNOBS = [(8, 8), (12, 8), (16, 4), (16, 8), (24, 8), (32, 8)]  # tree budget, candidates
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -111,7 +111,7 @@ def new_drafter(target) -> TreeFlashDraftModel:
         max_position_embeddings=target.config.max_position_embeddings,
         rope_parameters=target.config.rope_parameters,
         num_target_layers=target.config.num_hidden_layers,
-        target_layer_ids=[1, 7, 13, 19],
+        target_layer_ids=[1, 8, 15, 22, 29, 35],
         block_size=12,
         mask_token_id=1,
         ar_head="swiglu",
@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--eval-tokens", type=int, default=64)
     args = parser.parse_args(argv)
 
+    began = time.perf_counter()
     target_folder = train_tiny_target.run(args)
     tokenizer = AutoTokenizer.from_pretrained(target_folder)
     target = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).eval()
@@ -274,6 +275,7 @@ def main(argv: list[str] | None = None) -> dict:
         "responses_seconds": seconds["responses"],
         "stages": stages,
         "held_out": evaluate(target, pair, held_out, others, args),
+        "run_seconds": round(time.perf_counter() - began, 1),
     }
     write(args.output, target, tokenizer, drafter, held_out, record)
     return record

@@ -134,8 +134,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         window, budget = self.knobs.draft_window, tree_budget or self.knobs.tree_budget
         context = context if window is None else context.last(window)
         slots, length = self.drafter.config.block_size, context.hidden_states.shape[1]
-        counts = torch.tensor(context.counts, device=context.position_ids.device)
-        last = context.position_ids.gather(1, counts[:, None] - 1)
+        last = context.newest_positions
         block = last + torch.arange(1, slots + 1, device=last.device)
         transitions = self.drafter.draft(
             anchor_ids,
@@ -143,7 +142,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             self._embed,
             self.draft_head,
             position_ids=torch.cat([context.position_ids, block], dim=1).to(self.device),
-            attention_mask=self._mask(context, counts),
+            attention_mask=self._mask(context),
             past_key_values=self.prefix.cache,
             num_candidates=self.knobs.num_candidates,
             branching=self.knobs.branching,
@@ -169,13 +168,14 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             tables = [graft(*row, budget) for row in zip(tables, chains, trusts, strict=True)]
         return tree_from_tables(tables)
 
-    def _mask(self, context: Context, counts: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    def _mask(self, context: Context) -> dict[str, torch.Tensor] | None:
         config, slots = self.drafter.config, self.drafter.config.block_size
         batch, length = context.position_ids.shape
         kinds = dict.fromkeys(config.layer_types)
         if context.valid is None and self.prefix.valid is None and "sliding_attention" not in kinds:
             return None
-        device = counts.device
+        device = context.position_ids.device
+        counts = torch.tensor(context.counts, device=device)
         valid = torch.ones(batch, length, dtype=torch.bool, device=device) if context.valid is None else context.valid
         tail = nn.functional.pad(valid, (0, slots), value=True)[:, None].expand(-1, slots, -1)
         queries = counts[:, None] + torch.arange(slots, device=device)

@@ -43,6 +43,8 @@ class Context(NamedTuple):
                 Accepted nodes of each row, root first.
         """
         counts, device = [len(path) for path in paths], states.device
+        if states.shape[1] == 1:  # no tree, nothing to choose
+            return cls(states, anchor_positions.to(device)[:, None], counts)
         longest = max(counts)
         nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
         steps = torch.arange(longest, device=device)
@@ -52,6 +54,13 @@ class Context(NamedTuple):
             counts,
             None if min(counts) == longest else steps < torch.tensor(counts, device=device)[:, None],
         )
+
+    @property
+    def newest_positions(self) -> torch.Tensor:
+        """The last position of each row, `(batch, 1)`."""
+        if self.valid is None:
+            return self.position_ids[:, -1:]
+        return self.position_ids.gather(1, torch.tensor(self.counts, device=self.position_ids.device)[:, None] - 1)
 
     def select(self, rows: list[int]) -> "Context":
         """Keep only some rows of the batch."""

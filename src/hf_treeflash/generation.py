@@ -146,9 +146,11 @@ class TreeDecoding:
     def verify(self, tree: DraftTree):
         """Run the target once over the trees; return its output, one row of logits per node."""
         kwargs = {key: value for key, value in self.model_kwargs.items() if key not in PROMPT_KWARGS}
-        # No position that the text cannot reach: some targets know only so many.
-        room = torch.tensor([self.sequences.room(row) for row in self.rows], device=tree.depths.device)
-        tree = dataclasses.replace(tree, depths=tree.depths.minimum(room[:, None] - 1))
+        room = [self.sequences.room(row) for row in self.rows]
+        if min(room) < tree.token_ids.shape[1]:
+            # No position that the text cannot reach: some targets know only so many.
+            limit = torch.tensor(room, device=tree.depths.device)[:, None] - 1
+            tree = dataclasses.replace(tree, depths=tree.depths.minimum(limit))
         self.taps.clear()  # of what processors ran the target for
         outputs = verify(self.target, tree, self.prefix, self.positions, kwargs)
         self.states = self.taps.pop()

@@ -26,6 +26,7 @@ class Sequences:
         self.prompt_length = input_ids.shape[1]
         self.lengths = [self.prompt_length] * input_ids.shape[0]
         self._ids = input_ids
+        self._unwritten: list[list[int]] = [[] for _ in self.lengths]  # emitted, but not in `_ids` yet
         self._max_length = None
         self._eos_ids: set[int] = set()
         # Length and end-of-text need no tensor; exact types, as a subclass may decide otherwise.
@@ -43,6 +44,7 @@ class Sequences:
 
     def prefix(self, row: int) -> torch.Tensor:
         """Return one row's ids so far, of shape `(1, length)`."""
+        self._write(row)
         return self._ids[row : row + 1, : self.lengths[row]]
 
     def room(self, row: int) -> int:
@@ -57,10 +59,7 @@ class Sequences:
                 What stopping criteria are shown as scores.
         """
         length = self.lengths[row]
-        if length == self._ids.shape[1]:
-            room = max(64, length // 2)
-            self._ids = torch.cat([self._ids, self._ids.new_zeros(self._ids.shape[0], room)], dim=1)
-        self._ids[row, length] = token
+        self._unwritten[row].append(token)
         self.lengths[row] = length + 1
         done = token in self._eos_ids or (self._max_length is not None and length + 1 >= self._max_length)
         for criterion in self._criteria:  # asked for every token, also for one that ends the text anyway
@@ -88,11 +87,25 @@ class Sequences:
 
     def padded(self, pad_token_id: torch.Tensor | None) -> torch.Tensor:
         """Return all rows, shorter ones filled up with the pad token, of shape `(batch, longest)`."""
+        for row in range(len(self.lengths)):
+            self._write(row)
         ids = self._ids[:, : self.final_length].clone()
         for row, length in enumerate(self.lengths):
             if pad_token_id is not None and length < ids.shape[1]:
                 ids[row, length:] = pad_token_id
         return ids
+
+    def _write(self, row: int) -> None:
+        """Write what was emitted since the ids were last asked for: most calls ask once, at the end."""
+        tokens, end = self._unwritten[row], self.lengths[row]
+        if not tokens:
+            return
+        missing = end - self._ids.shape[1]
+        if missing > 0:
+            room = missing + max(64, end // 2)
+            self._ids = torch.cat([self._ids, self._ids.new_zeros(self._ids.shape[0], room)], dim=1)
+        self._ids[row, end - len(tokens) : end] = self._ids.new_tensor(tokens)
+        self._unwritten[row] = []
 
 
 __all__ = ["Sequences"]

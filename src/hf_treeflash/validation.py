@@ -84,11 +84,13 @@ def check_target(target) -> None:
 
 
 def check_prompt(input_ids, generation_config: GenerationConfig, model_kwargs: dict) -> None:
-    """Refuse an attention mask that does not cover the prompt column by column, and a cache that leaves nothing of it.
+    """Refuse ids of a wrong shape, a mask that does not cover the prompt, and a cache that leaves nothing of it.
 
     Raises:
-        ValueError: With both lengths.
+        ValueError: With the shape or both lengths.
     """
+    if input_ids.ndim > 2:
+        raise ValueError(f"`input_ids` must have the shape (batch, length), got {tuple(input_ids.shape)}.")
     mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
     length = (input_ids if embeds is None else embeds).shape[1]
     cached = model_kwargs["past_key_values"].get_seq_length()

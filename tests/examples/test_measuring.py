@@ -192,7 +192,7 @@ def test_every_round_starts_where_the_last_one_did_and_both_ways_draft_the_same_
     assert trees[0].depths.max() >= 6
 
 
-def test_lookup_counts_both_kinds_of_prompts(places, tmp_path):
+def test_lookup_counts_every_kind_of_prompts(places, tmp_path):
     sources = tmp_path / "sources"
     sources.mkdir()
     lines = [f"    value_{index} = number + {index}" for index in range(7)]
@@ -200,4 +200,4 @@ def test_lookup_counts_both_kinds_of_prompts(places, tmp_path):
     argv = [*options(places, "--target", "--drafter", "--prompts"), "--sources", str(sources), "--tree-budgets", "4"]
     script("benchmarks/lookup.py").main([*argv, "--max-new-tokens", "6", "--json", str(tmp_path / "out.json")])
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [(row["prompts"], row["count"]) for row in results] == [("copy-heavy", 1), ("ordinary", 2)]
+    assert [(row["prompts"], row["count"]) for row in results] == [("copy-heavy", 1), ("ordinary", 2), ("random", 2)]

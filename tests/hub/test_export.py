@@ -35,6 +35,7 @@ CUSTOM_GENERATE = [
         "lookup",
         "outputs",
         "sequences",
+        "storage",
         "tree",
         "validation",
         "verify",
