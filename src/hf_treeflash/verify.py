@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from .cache import PrefixCache
@@ -123,41 +127,73 @@ def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-# Threads that share a target also share its attention setting: the passes that change it take turns.
-_attention_lock = threading.Lock()
-_switched: set[int] = set()  # configs whose own setting is replaced just now
+# Threads that share a target also share its attention setting; passes that want it replaced by another take turns.
+_turns = threading.Condition()
+_replaced: dict[int, tuple[str, str, int]] = {}  # by config: its own setting, the present one, passes that use it
+
+GROUPED = "treeflash_grouped_sdpa"
+
+
+def grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """SDPA that shares keys and values among the heads of a group under a mask, too; arguments are transformers'.
+
+    Under a mask transformers repeats them for every head, as other devices' kernels need it; a CPU's do not.
+    """
+    if attention_mask is None or query.device.type != "cpu" or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_sdpa)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 @contextmanager
 def masked_attention(target) -> Iterator[None]:
-    """Let a target whose own attention takes no tree mask verify with another, and restore its choice.
+    """Let a target whose own attention does not suit a tree mask verify with another, and restore its choice.
 
-    FlashAttention takes no masks, and FlexAttention would be compiled anew for every shape of tree.
+    FlashAttention takes no masks, FlexAttention would be compiled anew for every shape of tree, and SDPA repeats keys
+    and values where a CPU need not.
     """
     config = target.config.get_text_config(decoder=True)
-    chosen = config._attn_implementation or ""
-    if "flash" not in chosen and chosen != "flex_attention" and id(config) not in _switched:
+    with _turns:
+        chosen, *_ = _replaced.get(id(config), (config._attn_implementation or "",))
+    on_cpu = target.device.type == "cpu"
+    if "flash" not in chosen and chosen != "flex_attention" and not (on_cpu and chosen == "sdpa"):
         yield
         return
-    other = "sdpa" if target._supports_sdpa else "eager"
-    with replaced_attention(config, other) as chosen:
+    other = "eager" if not target._supports_sdpa else GROUPED if on_cpu else "sdpa"
+    if chosen != "sdpa":
         logger.warning_once(f"{chosen} does not suit a tree mask; verify passes use {other} attention instead.")
+    with replaced_attention(config, other):
         yield
 
 
 @contextmanager
-def replaced_attention(config, other: str) -> Iterator[str]:
-    """Set the attention of a model, one thread at a time, and restore the model's own, which is yielded."""
-    with _attention_lock:
-        chosen = config._attn_implementation
-        _switched.add(id(config))
+def replaced_attention(config, other: str) -> Iterator[None]:
+    """Replace the attention of a model while a pass runs; the model's own returns with the last of such passes."""
+    key = id(config)
+    with _turns:
+        _turns.wait_for(lambda: key not in _replaced or _replaced[key][1] == other)
+        own, _, passes = _replaced.get(key, (config._attn_implementation, other, 0))
+        _replaced[key] = own, other, passes + 1
         # Not by `set_attn_implementation`, which would switch parts of the model that see no tree too.
         config._attn_implementation_internal = other
-        try:
-            yield chosen
-        finally:
-            config._attn_implementation_internal = chosen
-            _switched.discard(id(config))
+    try:
+        yield
+    finally:
+        with _turns:
+            own, _, passes = _replaced.pop(key)
+            if passes > 1:
+                _replaced[key] = own, other, passes - 1
+            else:
+                config._attn_implementation_internal = own
+                _turns.notify_all()
 
 
 __all__ = ["Verdict", "attention_windows", "masked_attention", "replaced_attention", "verify", "walk"]

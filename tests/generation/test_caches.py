@@ -2,13 +2,15 @@
 
 import shutil
 import threading
+import time
 
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_treeflash.verify import masked_attention
+from hf_treeflash.verify import GROUPED, grouped_sdpa, masked_attention, replaced_attention
 from tests.families.checks import assert_same_cache, check_greedy, drafter_for, own_columns
 from tests.generation.test_batch import padded
 from tests.generation.test_misuse import refuse
@@ -147,37 +149,51 @@ def test_the_choice_of_attention_is_restored_whatever_happens():
     for own in ("flash_attention_2", "flex_attention", "kernels-community/flash-attn3"):
         config._attn_implementation_internal = own
         with pytest.raises(KeyboardInterrupt), masked_attention(target):
-            assert config._attn_implementation == "sdpa"
+            assert config._attn_implementation == GROUPED
             raise KeyboardInterrupt
         assert config._attn_implementation == own
     target._supports_sdpa = False
     with masked_attention(target):
         assert config._attn_implementation == "eager"
-    for own in ("sdpa", "eager", "tree_attention"):
+    target._supports_sdpa = True
+    for own, meanwhile in (("sdpa", GROUPED), ("eager", "eager"), ("tree_attention", "tree_attention")):
         config._attn_implementation_internal = own
         with masked_attention(target):
-            assert config._attn_implementation == own
+            assert config._attn_implementation == meanwhile
+        assert config._attn_implementation == own
 
 
-def test_threads_take_turns_with_a_replaced_attention():
+def test_threads_share_a_replaced_attention_and_take_turns_for_another():
     target = tiny_target()
-    target.config._attn_implementation_internal = "flash_attention_2"
-    inside, wrong = [], []
+    config = target.config
+    config._attn_implementation_internal = "flash_attention_2"
+    wrong = []
 
-    def work():
+    def work(number):
         for _ in range(50):
-            with masked_attention(target):
-                inside.append(1)
-                if len(inside) > 1 or target.config._attn_implementation != "sdpa":
-                    wrong.append(1)
-                inside.pop()
+            with masked_attention(target) if number % 2 else replaced_attention(config, "eager"):
+                before = config._attn_implementation
+                time.sleep(1e-4)
+                if not before == config._attn_implementation == (GROUPED if number % 2 else "eager"):
+                    wrong.append(before)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and target.config._attn_implementation == "flash_attention_2"
+    assert not wrong and config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_sdpa_is_transformers_sdpa(groups):
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = groups, True
+    query, key, value = torch.randn(2, 4, 5, 8), *torch.randn(2, 2, 4 // groups, 9, 8)
+    for mask in (torch.randn(2, 1, 5, 9), torch.rand(2, 1, 5, 9) > 0.3, None):
+        ours, _ = grouped_sdpa(module, query, key, value, mask, scaling=0.7)
+        theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.7)
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled on first use")
