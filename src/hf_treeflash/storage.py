@@ -9,6 +9,8 @@ from transformers.cache_utils import DynamicLayer
 ROOM = 256  # columns kept free; a full storage is copied to a larger one
 MOST_BYTES = 256 << 20  # of one storage: the copy needs as much again
 
+Views = tuple[torch.Tensor, ...]
+
 
 class Storage:
     """The states of layers of one shape, for a single text.
@@ -20,20 +22,30 @@ class Storage:
 
     def __init__(self, layers: list[DynamicLayer]):
         self.begin = 0  # columns before it were trimmed
-        self.layers = [StoredLayer(self, layer) for layer in layers]
+        self.layers = [StoredLayer(self, index, layer) for index, layer in enumerate(layers)]
         parts = [states for layer in layers for states in (layer.keys, layer.values)]
         length = parts[0].shape[2]
-        self._allocate(parts[0].new_empty(len(parts), *_with_columns(parts[0], length + ROOM)))
-        for own, states in zip(self.states, parts, strict=True):
-            own[:, :, :length] = states
+        self.states = parts[0].new_empty(len(parts), *_with_columns(parts[0], length + ROOM))
+        torch.stack(parts, out=self.states.narrow(3, 0, length))
+        self._views_of: tuple[int, int] | None = None
 
-    def reserve(self, columns: int) -> None:
-        """Make room for so many columns, counted from the first that is kept."""
-        if self.begin + columns > self.states.shape[3]:
-            kept = self.states[:, :, :, self.begin :]
-            self._allocate(kept.new_empty(len(kept), *_with_columns(kept[0], columns + ROOM)))
-            self.states[:, :, :, : kept.shape[3]] = kept
-            self.begin = 0
+    def views(self, length: int, new: int) -> tuple[Views, Views]:
+        """Return the columns a pass writes and those it reads afterwards: keys and values of each layer in turn.
+
+        Args:
+            length (`int`):
+                Columns before the pass.
+            new (`int`):
+                Columns it adds.
+        """
+        if self._views_of != (length, new):  # made for all layers at once, with the first layer that asks
+            self._reserve(length + new)
+            self._views = (
+                self.states.narrow(3, self.begin + length, new).unbind(0),
+                self.states.narrow(3, self.begin, length + new).unbind(0),
+            )
+            self._views_of = length, new
+        return self._views
 
     def commit(self, length: int, path: torch.Tensor | None, kept: int) -> None:
         """Keep `kept` columns behind the first `length`: the next ones, or those at a path's places after them.
@@ -61,11 +73,14 @@ class Storage:
         self.begin += columns
         for layer in self.layers:
             layer.length -= columns
+        self._views_of = None
 
-    def _allocate(self, states: torch.Tensor) -> None:
-        self.states = states
-        for layer, keys, values in zip(self.layers, states[0::2], states[1::2], strict=True):
-            layer.stores = keys, values
+    def _reserve(self, columns: int) -> None:
+        if self.begin + columns > self.states.shape[3]:
+            kept = self.states[:, :, :, self.begin :]
+            self.states = kept.new_empty(len(kept), *_with_columns(kept[0], columns + ROOM))
+            self.states[:, :, :, : kept.shape[3]] = kept
+            self.begin = 0
 
 
 class StoredLayer(DynamicLayer):
@@ -74,35 +89,36 @@ class StoredLayer(DynamicLayer):
     Args:
         storage ([`Storage`]):
             Where they are.
+        index (`int`):
+            Its place there.
         layer ([`DynamicLayer`]):
             The layer it stands in for.
     """
 
-    stores: tuple[torch.Tensor, torch.Tensor]
-
-    def __init__(self, storage: Storage, layer: DynamicLayer):
+    def __init__(self, storage: Storage, index: int, layer: DynamicLayer):
         # Not the parent's, which sets what is computed here.
         self.storage, self.layer, self.length = storage, layer, layer.keys.shape[2]
+        self.places = 2 * index, 2 * index + 1
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
 
     @property
     def keys(self) -> torch.Tensor:
         """Keys so far, `(1, heads, columns, head_dim)`."""
-        return self.stores[0].narrow(2, self.storage.begin, self.length)
+        return self.storage.states[self.places[0]].narrow(2, self.storage.begin, self.length)
 
     @property
     def values(self) -> torch.Tensor:
         """Values so far, of the same shape."""
-        return self.stores[1].narrow(2, self.storage.begin, self.length)
+        return self.storage.states[self.places[1]].narrow(2, self.storage.begin, self.length)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append a pass's columns; return all keys and values."""
-        new = key_states.shape[2]
-        self.storage.reserve(self.length + new)
-        for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store.narrow(2, self.storage.begin + self.length, new).copy_(states)
+        new, (keys, values) = key_states.shape[2], self.places
+        written, read = self.storage.views(self.length, new)
+        written[keys].copy_(key_states)
+        written[values].copy_(value_states)
         self.length += new
-        return self.keys, self.values
+        return read[keys], read[values]
 
     def get_seq_length(self) -> int:
         """Return the number of columns."""
