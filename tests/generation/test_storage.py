@@ -68,3 +68,30 @@ def test_layers_of_different_shapes_get_storages_of_their_own():
     storage.release(cache)
     for layer, states in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, states) and torch.equal(layer.values, -states)
+
+
+def test_passes_see_what_was_kept_and_trimmed(sizes):
+    """Against plain tensors: what a drafter reads never shows in a text."""
+    torch.manual_seed(0)
+    cache, length = DynamicCache(), 6
+    expected = [torch.randn(1, 2, length, 8) for _ in range(3)]
+    for place, states in enumerate(expected):
+        cache.update(states, -states, place)
+    storages = storage.share(cache)
+    for _ in range(12):
+        new, kept = [torch.randn(1, 2, 4, 8) for _ in expected], torch.tensor([0, 2])
+        for place, (before, states) in enumerate(zip(expected, new, strict=True)):
+            keys, values = cache.update(states, -states, place)
+            whole = torch.cat([before, states], dim=2)
+            assert torch.equal(keys, whole) and torch.equal(values, -whole)
+        for part in storages:
+            part.commit(length, kept, 2)
+            part.trim(1)
+        expected = [
+            torch.cat([before, states[:, :, kept]], dim=2)[:, :, 1:]
+            for before, states in zip(expected, new, strict=True)
+        ]
+        length += 1
+        for layer, states in zip(cache.layers, expected, strict=True):
+            assert layer.get_seq_length() == length
+            assert torch.equal(layer.keys, states) and torch.equal(layer.values, -states)
