@@ -60,3 +60,5 @@ def run(output: Path, mode: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
