@@ -203,8 +203,11 @@ class PrefixCache:
                 Runs the target over the last token of some rows, given a cache of these rows: plain decoding computes
                 its state for every row but the longest.
         """
+        if self.rows is None:
+            return
+        self.storages = []  # each is freed once its layers have left
         release(self.cache)
-        if self.rows is None or (self.filled is None and not self.taken_out and length in (None, self.length)):
+        if self.filled is None and not self.taken_out and length in (None, self.length):
             return
         rows = self.taken_out | {row: self._row(index) for index, row in enumerate(self.rows)}
         self.length = max(row.filled for row in rows.values()) if length is None else length

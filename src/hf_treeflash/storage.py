@@ -7,7 +7,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 256  # columns kept free; a full storage is copied to a larger one
-MOST_BYTES = 256 << 20  # of one storage: the copy needs as much again
+LAYERS = 8  # of one storage at most: while it is copied to a larger one, their memory is needed twice
 
 Views = tuple[torch.Tensor, ...]
 
@@ -22,11 +22,11 @@ class Storage:
 
     def __init__(self, layers: list[DynamicLayer]):
         self.begin = 0  # columns before it were trimmed
-        self.layers = [StoredLayer(self, index, layer) for index, layer in enumerate(layers)]
         parts = [states for layer in layers for states in (layer.keys, layer.values)]
         length = parts[0].shape[2]
         self.states = parts[0].new_empty(len(parts), *_with_columns(parts[0], length + ROOM))
         torch.stack(parts, out=self.states.narrow(3, 0, length))
+        self.lengths = [length] * len(layers)  # during a pass some layers are ahead of others
         self._views_of: tuple[int, int] | None = None
 
     def views(self, length: int, new: int) -> tuple[Views, Views]:
@@ -65,14 +65,12 @@ class Storage:
 
     def cut(self, length: int) -> None:
         """Drop all columns but the first."""
-        for layer in self.layers:
-            layer.length = length
+        self.lengths = [length] * len(self.lengths)
 
     def trim(self, columns: int) -> None:
         """Drop columns at the front."""
         self.begin += columns
-        for layer in self.layers:
-            layer.length -= columns
+        self.lengths = [length - columns for length in self.lengths]
         self._views_of = None
 
     def _reserve(self, columns: int) -> None:
@@ -97,32 +95,34 @@ class StoredLayer(DynamicLayer):
 
     def __init__(self, storage: Storage, index: int, layer: DynamicLayer):
         # Not the parent's, which sets what is computed here.
-        self.storage, self.layer, self.length = storage, layer, layer.keys.shape[2]
-        self.places = 2 * index, 2 * index + 1
+        self.storage, self.index, self.layer = storage, index, layer
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
 
     @property
     def keys(self) -> torch.Tensor:
         """Keys so far, `(1, heads, columns, head_dim)`."""
-        return self.storage.states[self.places[0]].narrow(2, self.storage.begin, self.length)
+        return self._part(2 * self.index)
 
     @property
     def values(self) -> torch.Tensor:
         """Values so far, of the same shape."""
-        return self.storage.states[self.places[1]].narrow(2, self.storage.begin, self.length)
+        return self._part(2 * self.index + 1)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append a pass's columns; return all keys and values."""
-        new, (keys, values) = key_states.shape[2], self.places
-        written, read = self.storage.views(self.length, new)
-        written[keys].copy_(key_states)
-        written[values].copy_(value_states)
-        self.length += new
-        return read[keys], read[values]
+        new, first = key_states.shape[2], 2 * self.index
+        written, read = self.storage.views(self.get_seq_length(), new)
+        written[first].copy_(key_states)
+        written[first + 1].copy_(value_states)
+        self.storage.lengths[self.index] += new
+        return read[first], read[first + 1]
 
     def get_seq_length(self) -> int:
         """Return the number of columns."""
-        return self.length
+        return self.storage.lengths[self.index]
+
+    def _part(self, place: int) -> torch.Tensor:
+        return self.storage.states[place].narrow(2, self.storage.begin, self.get_seq_length())
 
 
 def share(cache: Cache) -> list[Storage]:
@@ -134,9 +134,11 @@ def share(cache: Cache) -> list[Storage]:
     """
     storages = []
     for places in _groups(cache):
-        storage = Storage([cache.layers[place] for place in places])
-        for place, layer in zip(places, storage.layers, strict=True):
-            cache.layers[place] = layer
+        layers = [cache.layers[place] for place in places]
+        storage = Storage(layers)
+        for index, (place, layer) in enumerate(zip(places, layers, strict=True)):
+            cache.layers[place] = StoredLayer(storage, index, layer)
+            layer.keys = layer.values = None  # not kept twice
         storages.append(storage)
     return storages
 
@@ -156,8 +158,7 @@ def _groups(cache: Cache) -> Iterator[list[int]]:
         if type(layer) is DynamicLayer and layer.is_initialized and layer.keys.shape == layer.values.shape:
             alike.setdefault((layer.keys.shape, layer.keys.dtype, layer.keys.device), []).append(place)
     for places in alike.values():
-        each = max(1, MOST_BYTES // (2 * cache.layers[places[0]].keys.nbytes))
-        yield from (places[start : start + each] for start in range(0, len(places), each))
+        yield from (places[start : start + LAYERS] for start in range(0, len(places), LAYERS))
 
 
 def _with_columns(states: torch.Tensor, columns: int) -> tuple[int, int, int, int]:

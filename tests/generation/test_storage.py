@@ -1,5 +1,8 @@
 """Storages of one text: they grow, trim and give every layer back as plain decoding leaves it."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -12,11 +15,11 @@ from tests.tiny import prompt, tiny_target
 SETTINGS = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "return_dict_in_generate": True}
 
 
-@pytest.fixture(params=[(256, 256 << 20), (3, 256 << 20), (1, 9000)], ids=["roomy", "tight", "several"])
+@pytest.fixture(params=[(256, 8), (3, 8), (1, 2)], ids=["roomy", "tight", "several"])
 def sizes(request, monkeypatch):
-    """Storages that hold all, that are copied every few rounds, and that hold a layer or two each."""
+    """Storages that hold all, that are copied every few rounds, and that hold two layers each."""
     monkeypatch.setattr(storage, "ROOM", request.param[0])
-    monkeypatch.setattr(storage, "MOST_BYTES", request.param[1])
+    monkeypatch.setattr(storage, "LAYERS", request.param[1])
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -64,7 +67,8 @@ def test_layers_of_different_shapes_get_storages_of_their_own():
     for place, states in enumerate(before):
         cache.update(states, -states, place)
     storages = storage.share(cache)
-    assert [len(own.layers) for own in storages] == [3, 1]
+    assert all(layer.layer.keys is None and layer.layer.values is None for layer in cache.layers)  # not held twice
+    assert [len(own.lengths) for own in storages] == [3, 1]
     storage.release(cache)
     for layer, states in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, states) and torch.equal(layer.values, -states)
@@ -95,3 +99,15 @@ def test_passes_see_what_was_kept_and_trimmed(sizes):
         for layer, states in zip(cache.layers, expected, strict=True):
             assert layer.get_seq_length() == length
             assert torch.equal(layer.keys, states) and torch.equal(layer.values, -states)
+
+
+def test_memory_is_freed_with_the_last_use_and_not_by_the_garbage_collector():
+    cache = DynamicCache()
+    cache.update(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), 0)
+    alive = weakref.ref(storage.share(cache)[0])
+    gc.disable()
+    try:
+        storage.release(cache)
+        assert alive() is None
+    finally:
+        gc.enable()
