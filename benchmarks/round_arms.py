@@ -15,7 +15,7 @@ from hf_treeflash.candidate_generator import TreeFlashCandidateGenerator
 from hf_treeflash.context import Context, tapped_states
 from hf_treeflash.modeling_treeflash import Transitions
 from hf_treeflash.tree import build_tables, tree_from_tables
-from hf_treeflash.verify import additive_mask, verify, walk
+from hf_treeflash.verify import Verifier, additive_mask, walk
 
 Stage = Callable[[str], AbstractContextManager]
 
@@ -67,7 +67,7 @@ class Eager:
             self.drafter, self.target.get_input_embeddings(), self.target.get_output_embeddings()
         )
         self.generator.prefix = kept_prefix(self.drafter, setting.context - setting.accepted)
-        self.prefix = kept_prefix(self.target, setting.context)
+        self.prefix, self.verifier = kept_prefix(self.target, setting.context), Verifier(self.target)
         self.anchor, self.states, positions = unread(setting)
         self.context = Context(self.states, positions, [setting.accepted])
         self.position = torch.tensor([setting.context], device=self.target.device)
@@ -83,7 +83,7 @@ class Eager:
         with stage("draft"):
             self.tree = self.generator.draft_tree(self.anchor, self.context)
         with stage("verify"), tapped_states(self.target, self.drafter.config.target_layer_ids) as taps:
-            outputs = verify(self.target, self.tree, self.prefix, self.position, {})
+            outputs = self.verifier(self.tree, self.prefix, self.position, {})
         with stage("walk"):
             outputs.logits.argmax(dim=-1).tolist()  # the target's choices, if its weights meant anything
             path = walk(self.tree.children[0], follow_best(self.tree.children[0], self.wanted), never).path

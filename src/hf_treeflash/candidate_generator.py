@@ -98,6 +98,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         self.target_embed = without_embed_norm(main_model_input_embeddings)
         # Looked up once: each look-up walks all parameters.
         self.device, self.dtype = assistant_model.device, assistant_model.dtype
+        self.embedding_device = home_of(self.target_embed)
         self.temperature = temperature
         self.knobs = DraftingKnobs.read(generation_config or assistant_model.generation_config)
         check_head(main_model_output_embeddings, self.knobs)
@@ -241,7 +242,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             )
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        embeds = self.target_embed(token_ids.to(home_of(self.target_embed)))
+        embeds = self.target_embed(token_ids.to(self.embedding_device))
         return embeds.to(self.device, self.dtype)
 
 

@@ -32,6 +32,11 @@ class DraftHead:
     def __init__(self, lm_head: Any, precision: str | None = None):
         self.lm_head = lm_head
         self.float8 = float8_copy(lm_head) if precision == "float8" else None
+        # Looked up once: each look-up costs as much as a small tensor operation.
+        weight = any_tensor(lm_head)
+        self.device = home_of(lm_head)
+        # A quantised weight says nothing of the dtype its layer takes.
+        self.dtype = weight.dtype if weight.is_floating_point() else None
 
     def __call__(self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits.
@@ -45,16 +50,13 @@ class DraftHead:
         Returns:
             `torch.Tensor` of shape `(..., tokens)`.
         """
-        weight = any_tensor(self.lm_head)
-        # A quantised weight says nothing of the dtype its layer takes.
-        dtype = weight.dtype if weight.is_floating_point() else None
-        hidden_states = hidden_states.to(home_of(self.lm_head), dtype)
+        hidden_states = hidden_states.to(self.device, self.dtype)
         if self.float8 is not None:
             logits = (self.float8 if token_ids is None else self.float8.select(token_ids)).product(hidden_states)
         elif token_ids is None:
             return self.lm_head(hidden_states)
         else:
-            logits = F.linear(hidden_states, weight.index_select(0, token_ids))
+            logits = F.linear(hidden_states, self.lm_head.weight.index_select(0, token_ids))
         bias = self.lm_head.bias
         if bias is None:
             return logits

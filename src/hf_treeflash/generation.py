@@ -19,7 +19,7 @@ from .outputs import Recorder
 from .sequences import Sequences
 from .tree import DraftTree, root_only
 from .validation import check_call, check_prompt
-from .verify import Verdict, verify, walk
+from .verify import Verdict, Verifier, walk
 
 # What a verify pass sets itself, or only the prompt needs.
 PROMPT_KWARGS = {"attention_mask", "position_ids", "past_key_values", "inputs_embeds", "logits_to_keep"}
@@ -53,6 +53,7 @@ class TreeDecoding:
         self.rows = list(range(input_ids.shape[0]))  # those still being written
         self.sequences = Sequences(input_ids, stopping_criteria)
         self.processor = TreeLogitsProcessor(logits_processor, batch=len(self.rows))
+        self.verifier = Verifier(target)
         self.prunes = bool(askable(logits_processor))
         self.recorder = Recorder(generation_config, len(self.rows))
         self.acceptance_lengths: list[list[int]] = [[] for _ in self.rows]
@@ -152,7 +153,7 @@ class TreeDecoding:
             limit = torch.tensor(room, device=tree.depths.device)[:, None] - 1
             tree = dataclasses.replace(tree, depths=tree.depths.minimum(limit))
         self.taps.clear()  # of what processors ran the target for
-        outputs = verify(self.target, tree, self.prefix, self.positions, kwargs)
+        outputs = self.verifier(tree, self.prefix, self.positions, kwargs)
         self.states = self.taps.pop()
         return outputs
 
@@ -223,7 +224,7 @@ class TreeDecoding:
         first = self.first_positions.expand(*self.first_positions.shape[:-1], len(self.sequences.lengths))
         kwargs = {key: value for key, value in self.model_kwargs.items() if key not in PROMPT_KWARGS}
         with recording_past(prefix.cache):
-            verify(self.target, root_only(tokens), prefix, first[..., rows] + new.to(first.device) - 1, kwargs)
+            self.verifier(root_only(tokens), prefix, first[..., rows] + new.to(first.device) - 1, kwargs)
 
     def _stream(self, token_ids: list[int]) -> None:
         if self.streamer is not None:

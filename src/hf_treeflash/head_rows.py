@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from .tree import Children
+
 Key = tuple[int, int, int]  # batch row, depth index, row of the transitions
 
 
@@ -35,14 +37,15 @@ class HeadRows:
         # What is small is looked up on the host, where it costs a fraction of a tensor operation. The target, which
         # scores the tokens, may be on another device than the drafter.
         self.log_probs = shortlist_log_probs.float().cpu().numpy()
-        candidates, anchors = shortlist.cpu().numpy(), anchor_ids.cpu().numpy()
-        first = np.broadcast_to(anchors[:, None, None], (len(anchors), 1, candidates.shape[2]))
-        self.previous = np.concatenate([first, candidates], axis=1)
-        # After the last depth comes none: no token has the id -1.
-        self.following = np.concatenate([candidates, np.full_like(first, -1)], axis=1)
-        self.computed: dict[Key, tuple] = {}
+        self.depth = shortlist.shape[1] + 1
+        # The anchor stands before the first depth, and after the last comes no token.
+        self.previous = [[[anchor], *slots] for anchor, slots in zip(anchor_ids.tolist(), shortlist.tolist(), strict=True)]
+        self.following = [
+            [*({token: row for row, token in enumerate(slot)} for slot in slots[1:]), {}] for slots in self.previous
+        ]
+        self.computed: dict[Key, Children] = {}
 
-    def read(self, index: int, depth: int, row: int) -> tuple[list[int], list[float], list[int]] | None:
+    def read(self, index: int, depth: int, row: int) -> Children | None:
         """Return a row's next tokens, their log-probabilities and the rows that continue them, or None."""
         return self.computed.get((index, depth, row))
 
@@ -50,15 +53,11 @@ class HeadRows:
     def compute(self, missing: list[Key]) -> None:
         """Compute rows, all in one batch."""
         keys = list(dict.fromkeys(missing))
-        index, depth, row = np.array(keys).T
-        previous = self.embed(torch.from_numpy(self.previous[index, depth, row]))[None]
-        slots = torch.from_numpy(index * self.previous.shape[1] + depth)
-        token_ids, log_probs = (part[0].cpu().numpy() for part in self.score(*self.states, previous, slots))
-        same = token_ids[:, :, None] == self.following[index, depth][:, None]
-        next_row = np.where(same.any(axis=2), same.argmax(axis=2), -1)
-        self.computed.update(
-            zip(keys, zip(token_ids.tolist(), log_probs.tolist(), next_row.tolist(), strict=True), strict=True)
-        )
+        previous = torch.tensor([self.previous[index][depth][row] for index, depth, row in keys])
+        slots = torch.tensor([index * self.depth + depth for index, depth, _ in keys])
+        token_ids, log_probs = self.score(*self.states, self.embed(previous)[None], slots)
+        rows = zip(keys, token_ids[0].tolist(), log_probs[0].tolist(), strict=True)
+        self.computed |= {key: (tokens, own, self.following[key[0]][key[1]]) for key, tokens, own in rows}
 
     def compute_likely(self, count: int) -> None:
         """Compute the anchors' rows and the `count` rows of each batch row that its tree most likely reaches."""

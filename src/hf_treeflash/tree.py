@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 Permitted = Callable[[list[int]], torch.Tensor]
-# A row's next tokens, their log-probabilities (nats) and the rows of the next depth that continue them (-1: none).
-Children = tuple[list[int], list[float], list[int]]
+# A row's next tokens, their log-probabilities (nats), and by token the row of the next depth that continues it.
+Children = tuple[list[int], list[float], dict[int, int]]
 
 
 class NodeTable(NamedTuple):
@@ -147,7 +147,8 @@ class TableRows:
         """Return a row's next tokens, their log-probabilities and the rows that continue them."""
         key = index, depth, row
         if key not in self.lists:
-            self.lists[key] = tuple(table[key].tolist() for table in self.tables)
+            token_ids, log_probs, rows = (table[key].tolist() for table in self.tables)
+            self.lists[key] = token_ids, log_probs, dict(zip(token_ids, rows, strict=True))
         return self.lists[key]
 
     def compute(self, missing) -> None:
@@ -194,14 +195,16 @@ def best_first(
     while frontier and len(token_ids) < tree_budget:
         total, depth, ranks, parent, children, score = heapq.heappop(frontier)
         rank, index = ranks[-1], len(token_ids)
-        token_ids.append(children[0][rank])
+        token = children[0][rank]
+        token_ids.append(token)
         parents.append(parent)
         depths.append(depth)
         path_log_probs.append(-total)
         ancestors.append(ancestors[parent] | 1 << index)
         push(score, (*ranks[:-1], rank + 1), parent, children)
-        if children[2][rank] >= 0:
-            open_row(index, depth, children[2][rank], ranks, -total)
+        row = children[2].get(token, -1)
+        if row >= 0 and len(token_ids) < tree_budget:
+            open_row(index, depth, row, ranks, -total)
     return node, lacking
 
 
@@ -220,7 +223,7 @@ def _permitted_children(children: Children, permitted: torch.Tensor) -> Children
     token_ids, log_probs, rows = children
     mass = sum(math.exp(log_probs[rank]) for rank in kept)
     rest = math.log(mass) if mass > 0 else 0.0
-    return [token_ids[rank] for rank in kept], [log_probs[rank] - rest for rank in kept], [rows[rank] for rank in kept]
+    return [token_ids[rank] for rank in kept], [log_probs[rank] - rest for rank in kept], rows
 
 
 def tree_from_tables(rows: list[NodeTable]) -> DraftTree:

@@ -60,53 +60,63 @@ def walk(children: dict[tuple[int, int], int], choose: Callable[[int], int], emi
         path.append(child)
 
 
-def verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
-    """Run the target once over the nodes of a tree, each seeing the prefix, its ancestors and itself.
+class Verifier:
+    """Runs a target over trees, each node seeing the prefix, its ancestors and itself.
 
     Args:
         target ([`PreTrainedModel`]):
             The model whose text is kept.
-        tree ([`DraftTree`]):
-            The nodes.
-        prefix ([`PrefixCache`]):
-            The target's cache; afterwards it also holds one column per node, for `commit` to choose from.
-        anchor_positions (`torch.LongTensor` of shape `(..., batch)`):
-            Position of each row's anchor; leading dimensions as the target's position ids have them.
-        model_kwargs (`dict`):
-            What else the call passes to the target's forward.
-
-    Returns:
-        The target's output; `logits` has one row per node.
     """
-    with masked_attention(target):
-        return _verify(target, tree, prefix, anchor_positions, model_kwargs)
 
+    def __init__(self, target):
+        self.target = target
+        # Looked up once: each look-up costs as much as a small tensor operation.
+        self.config = target.config.get_text_config(decoder=True)
+        self.windows = attention_windows(self.config)
+        self.dtype = target.dtype
+        self.attention = other_attention(target)
 
-def _verify(target, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
-    inputs = target.prepare_inputs_for_generation(
-        tree.token_ids,
-        past_key_values=prefix.cache,
-        attention_mask=tree_masks(target, tree, prefix),
-        position_ids=anchor_positions[..., None] + tree.depths,
-        is_first_iteration=False,
-        **model_kwargs,
-    )
-    if "logits_to_keep" in inputs:
-        inputs["logits_to_keep"] = tree.token_ids.shape[1]
-    return target(**inputs, return_dict=True)
+    def __call__(self, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
+        """Run the target once over the nodes.
 
+        Args:
+            tree ([`DraftTree`]):
+                The nodes.
+            prefix ([`PrefixCache`]):
+                The target's cache; afterwards it also holds one column per node, for `commit` to choose from.
+            anchor_positions (`torch.LongTensor` of shape `(..., batch)`):
+                Position of each row's anchor; leading dimensions as the target's position ids have them.
+            model_kwargs (`dict`):
+                What else the call passes to the target's forward.
 
-def tree_masks(target, tree: DraftTree, prefix: PrefixCache):
-    """Return the masks of a pass as the target takes them: one, one per kind of layer, or none for a bare root."""
-    config = target.config.get_text_config(decoder=True)
-    windows, masks = attention_windows(config), {}
-    if tree.token_ids.shape[1] == 1 and prefix.valid is None and not any(windows.values()):
-        return None
-    for kind, window in windows.items():
-        layer = prefix.cache.layers[0 if kind is None else config.layer_types.index(kind)]
-        visible = prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window, stored=layer.keys.shape[-2])
-        masks[kind] = additive_mask(visible, target.dtype)
-    return masks[None] if None in masks else masks
+        Returns:
+            The target's output; `logits` has one row per node.
+        """
+        with replaced_attention(self.config, self.attention):
+            inputs = self.target.prepare_inputs_for_generation(
+                tree.token_ids,
+                past_key_values=prefix.cache,
+                attention_mask=self.masks(tree, prefix),
+                position_ids=anchor_positions[..., None] + tree.depths,
+                is_first_iteration=False,
+                **model_kwargs,
+            )
+            if "logits_to_keep" in inputs:
+                inputs["logits_to_keep"] = tree.token_ids.shape[1]
+            return self.target(**inputs, return_dict=True)
+
+    def masks(self, tree: DraftTree, prefix: PrefixCache):
+        """Return the masks of a pass as the target takes them: one, one per kind of layer, or none for a bare root."""
+        if tree.token_ids.shape[1] == 1 and prefix.valid is None and not any(self.windows.values()):
+            return None
+        masks = {}
+        for kind, window in self.windows.items():
+            layer = prefix.cache.layers[0 if kind is None else self.config.layer_types.index(kind)]
+            visible = prefix.visible(
+                tree.ancestor_mask, tree.depths, tree.depths, window, stored=layer.keys.shape[-2]
+            )
+            masks[kind] = additive_mask(visible, self.dtype)
+        return masks[None] if None in masks else masks
 
 
 def attention_windows(config) -> dict[str | None, int | None]:
@@ -153,30 +163,37 @@ AttentionInterface.register(GROUPED, grouped_sdpa)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
-@contextmanager
-def masked_attention(target) -> Iterator[None]:
-    """Let a target whose own attention does not suit a tree mask verify with another, and restore its choice.
+def other_attention(model) -> str | None:
+    """Return the attention a model needs under a tree mask in place of its own; None where its own suits.
 
     FlashAttention takes no masks, FlexAttention would be compiled anew for every shape of tree, and SDPA repeats keys
     and values where a CPU need not.
     """
-    config = target.config.get_text_config(decoder=True)
+    config = model.config.get_text_config(decoder=True)
     with _turns:
         chosen, *_ = _replaced.get(id(config), (config._attn_implementation or "",))
-    on_cpu = target.device.type == "cpu"
+    on_cpu = model.device.type == "cpu"
     if "flash" not in chosen and chosen != "flex_attention" and not (on_cpu and chosen == "sdpa"):
-        yield
-        return
-    other = "eager" if not target._supports_sdpa else GROUPED if on_cpu else "sdpa"
+        return None
+    other = "eager" if not model._supports_sdpa else GROUPED if on_cpu else "sdpa"
     if chosen != "sdpa":
         logger.warning_once(f"{chosen} does not suit a tree mask; verify passes use {other} attention instead.")
-    with replaced_attention(config, other):
-        yield
+    return other
 
 
 @contextmanager
-def replaced_attention(config, other: str) -> Iterator[None]:
-    """Replace the attention of a model while a pass runs; the model's own returns with the last of such passes."""
+def replaced_attention(config, other: str | None) -> Iterator[None]:
+    """Replace the attention of a model while a pass runs; the model's own returns with the last of such passes.
+
+    Args:
+        config ([`PreTrainedConfig`]):
+            The model's, of its text decoder.
+        other (`str`, *optional*):
+            Name of the attention; None keeps the model's own.
+    """
+    if other is None:
+        yield
+        return
     key = id(config)
     with _turns:
         _turns.wait_for(lambda: key not in _replaced or _replaced[key][1] == other)
@@ -196,4 +213,11 @@ def replaced_attention(config, other: str) -> Iterator[None]:
                 _turns.notify_all()
 
 
-__all__ = ["Verdict", "attention_windows", "masked_attention", "replaced_attention", "verify", "walk"]
+@contextmanager
+def masked_attention(model) -> Iterator[None]:
+    """Let a model whose own attention does not suit a tree mask run with another, and restore its choice."""
+    with replaced_attention(model.config.get_text_config(decoder=True), other_attention(model)):
+        yield
+
+
+__all__ = ["Verdict", "Verifier", "attention_windows", "masked_attention", "replaced_attention", "walk"]

@@ -77,7 +77,7 @@ def test_node_logits_equal_their_path_run_alone(targets):
 
     from hf_treeflash.cache import PrefixCache, recording_past
     from hf_treeflash.tree import build_tree
-    from hf_treeflash.verify import verify
+    from hf_treeflash.verify import Verifier
     from tests.unit.test_tree import random_transitions
 
     for family in ("qwen3", "qwen3_sliding", "mistral"):
@@ -91,7 +91,7 @@ def test_node_logits_equal_their_path_run_alone(targets):
             target(ids, past_key_values=cache)
             prefix = PrefixCache(cache)
             with recording_past(cache):
-                logits = verify(target, tree, prefix, torch.tensor([20]), {}).logits[0]
+                logits = Verifier(target)(tree, prefix, torch.tensor([20]), {}).logits[0]
             for node in range(24):
                 path = tree.token_ids[:, tree.ancestor_mask[0, node]]
                 alone = target(torch.cat([ids, path], dim=1)).logits[0, -1]
