@@ -49,7 +49,7 @@ class Context(NamedTuple):
         nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
         steps = torch.arange(longest, device=device)
         return cls(
-            states.gather(1, nodes[..., None].expand(-1, -1, states.shape[-1])),
+            _columns(states, nodes),
             anchor_positions.to(device)[:, None] + steps,
             counts,
             None if min(counts) == longest else steps < torch.tensor(counts, device=device)[:, None],
@@ -105,11 +105,18 @@ class Context(NamedTuple):
         valid = torch.cat([valid.to(index.device) for valid in valids], dim=1)
         present = torch.arange(max(counts), device=index.device) < torch.tensor(counts, device=index.device)[:, None]
         return cls(
-            states.gather(1, index.to(states.device)[..., None].expand(-1, -1, states.shape[-1])),
+            _columns(states, index.to(states.device)),
             positions.gather(1, index),
             counts,
             valid.gather(1, index) & present,
         )
+
+
+def _columns(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return chosen positions of each row; `index` is `(batch, kept)`."""
+    if len(index) == 1:  # several times as fast on a CPU
+        return states.index_select(1, index[0])
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 @contextmanager

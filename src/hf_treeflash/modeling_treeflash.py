@@ -20,7 +20,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     eager_attention_forward,
-    rotate_half,
 )
 
 from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
@@ -68,8 +67,9 @@ class TreeFlashOutput(BaseModelOutputWithPast):
     corrected_hidden_state: torch.Tensor | None = None
 
 
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return states * cos + rotate_half(states) * sin
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of a state's halves; the sign that goes with the swap of the halves is the sine's."""
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), signed_sin)
 
 
 class RMSNorm(Qwen3RMSNorm):
@@ -174,7 +174,7 @@ class ARHead(nn.Module):
 
     def _up_gate(self, previous: torch.Tensor, states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
         adapted = type(self.up_gate_proj) is not nn.Linear  # or quantised: only the module knows its weight
-        if adapted or previous.shape[1] <= 4 * states.shape[1]:  # few rows cost less than more operations
+        if adapted or previous.shape[1] <= 2 * states.shape[1]:  # few rows cost less than more operations
             return self.up_gate_proj(torch.cat([previous, by_slot(states, slots)], dim=-1))
         # The state's half of the product is the same for every previous token of a slot: compute it once.
         previous_weight, state_weight = self.up_gate_proj.weight.chunk(2, dim=1)
@@ -284,6 +284,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
         masks = self._layer_masks(attention_mask, noise_embeds, past_key_values)
         cos, sin = self.rotary_emb(noise_embeds, position_ids)
+        sin[..., : sin.shape[-1] // 2].neg_()  # see `apply_rotary`
         position_embeddings = (cos[:, None], sin[:, None])
         hidden_states = noise_embeds
         for kind, layer in zip(self.config.layer_types or [], self.layers, strict=True):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -114,20 +114,18 @@ def build_tables(
             For each row, given tokens after the anchor, those that may follow, as a boolean tensor over the
             vocabulary. No node is spent on others, and the rest share their probability.
     """
-    rows = TableRows(transitions) if isinstance(transitions, tuple) else transitions
+    rows: Any = TableRows(transitions) if isinstance(transitions, tuple) else transitions
     anchors = anchor_ids.tolist()
     tables: dict[int, NodeTable] = {}
     while len(tables) < len(anchors):
-        missing: list[tuple[int, int, int]] = []
         for index, anchor in enumerate(anchors):
             if index not in tables:
-                allowed = None if permitted is None else permitted[index]
-                table, lacking = best_first(functools.partial(rows.read, index), anchor, tree_budget, allowed)
-                missing += [(index, depth, row) for depth, row in lacking]
-                if not lacking:
+                allowed, guessed = None if permitted is None else permitted[index], len(rows.missing)
+                table = best_first(functools.partial(rows.read, index), anchor, tree_budget, allowed)
+                if len(rows.missing) == guessed:
                     tables[index] = table
-        if missing:
-            rows.compute(missing)
+        if rows.missing:
+            rows.compute(list(rows.missing))
     return [tables[index] for index in range(len(anchors))]
 
 
@@ -142,6 +140,7 @@ class TableRows:
     def __init__(self, transitions):
         self.tables = [table.cpu().numpy() for table in transitions]
         self.lists: dict[tuple[int, int, int], Children] = {}
+        self.missing = ()  # nothing ever is
 
     def read(self, index: int, depth: int, row: int) -> Children:
         """Return a row's next tokens, their log-probabilities and the rows that continue them."""
@@ -151,35 +150,25 @@ class TableRows:
             self.lists[key] = token_ids, log_probs, dict(zip(token_ids, rows, strict=True))
         return self.lists[key]
 
-    def compute(self, missing) -> None:
-        """Nothing is ever missing."""
-
 
 def best_first(
-    read: Callable[[int, int], Children | None], anchor: int, tree_budget: int, permitted=None
-) -> tuple[NodeTable, list[tuple[int, int]]]:
+    read: Callable[[int, int], Children], anchor: int, tree_budget: int, permitted: Permitted | None = None
+) -> NodeTable:
     """Pop the best open node until the budget is spent; only rows of the nodes on the tree are ever read.
 
     Args:
         read (`Callable[[int, int], Children]`):
-            Given depth index and row, its next tokens, their log-probabilities and the rows that continue them, or
-            None if it is not computed yet.
-
-    Returns:
-        `tuple[NodeTable, list[tuple[int, int]]]`: The tree, and the rows that were wanted but not computed; without
-        any the tree is final.
+            Given depth index and row, its next tokens, their log-probabilities and the rows that continue them.
+        anchor (`int`), tree_budget (`int`), permitted (`Callable`, *optional*):
+            See [`build_tables`], of one row.
     """
     node = NodeTable([anchor], [-1], [0], [0.0], [1])
     token_ids, parents, depths, path_log_probs, ancestors = node
     frontier: list[tuple] = []
-    lacking: list[tuple[int, int]] = []
 
     def open_row(parent: int, depth: int, row: int, ranks: tuple, score: float) -> None:
         """Offer the children of a node, which a row of the transitions describes."""
         children = read(depth, row)
-        if children is None:
-            lacking.append((depth, row))
-            return
         if permitted is not None:
             children = _permitted_children(children, permitted(_path_to(node, parent)))
         push(score, (*ranks, 0), parent, children)
@@ -205,7 +194,7 @@ def best_first(
         row = children[2].get(token, -1)
         if row >= 0 and len(token_ids) < tree_budget:
             open_row(index, depth, row, ranks, -total)
-    return node, lacking
+    return node
 
 
 def _path_to(node: NodeTable, index: int) -> list[int]:
@@ -230,9 +219,10 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
     """Stack rows of host lists, padding shorter ones with unused nodes that see only themselves."""
     nodes = max(len(row.token_ids) for row in rows)
 
-    def stack(field: str, pad: float) -> torch.Tensor:
+    def stack(field: str, pad: float, dtype: type = np.int64) -> torch.Tensor:
         lists = [getattr(row, field) for row in rows]
-        return torch.tensor([values + [pad] * (nodes - len(values)) for values in lists])
+        # numpy reads lists several times faster
+        return torch.from_numpy(np.array([values + [pad] * (nodes - len(values)) for values in lists], dtype=dtype))
 
     masks = [row.ancestors + [1 << node for node in range(len(row.ancestors), nodes)] for row in rows]
     width = (nodes + 7) // 8
@@ -244,7 +234,7 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
         parents=stack("parents", -1),
         depths=stack("depths", 0),
         ancestor_mask=torch.from_numpy(sees),
-        path_log_probs=stack("path_log_probs", float("-inf")),
+        path_log_probs=stack("path_log_probs", float("-inf"), np.float32),
     )
 
 

@@ -111,10 +111,12 @@ class Verifier:
             return None
         masks = {}
         for kind, window in self.windows.items():
+            if window is None and prefix.valid is None:
+                masks[kind] = additive_mask(tree.ancestor_mask[:, None], self.dtype, seen=prefix.length)
+                continue
             layer = prefix.cache.layers[0 if kind is None else self.config.layer_types.index(kind)]
-            visible = prefix.visible(
-                tree.ancestor_mask, tree.depths, tree.depths, window, stored=layer.keys.shape[-2]
-            )
+            stored = layer.keys.shape[-2]
+            visible = prefix.visible(tree.ancestor_mask, tree.depths, tree.depths, window, stored=stored)
             masks[kind] = additive_mask(visible, self.dtype)
         return masks[None] if None in masks else masks
 
@@ -131,10 +133,20 @@ def attention_windows(config) -> dict[str | None, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(layer_types)}
 
 
-def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a visibility mask into the additive form that every attention implementation takes as it is."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype, seen: int = 0) -> torch.Tensor:
+    """Turn a visibility mask into the additive form that every attention implementation takes as it is.
+
+    Args:
+        visible (`torch.BoolTensor` of shape `(batch, 1, queries, columns)`):
+            Which columns a query sees.
+        dtype (`torch.dtype`):
+            Of the result.
+        seen (`int`, *optional*, defaults to 0):
+            How many columns that every query sees stand before these.
+    """
+    mask = torch.zeros(*visible.shape[:-1], seen + visible.shape[-1], dtype=dtype, device=visible.device)
+    mask[..., seen:].masked_fill_(~visible, torch.finfo(dtype).min)
+    return mask
 
 
 # Threads that share a target also share its attention setting; passes that want it replaced by another take turns.
@@ -200,7 +212,7 @@ def replaced_attention(config, other: str | None) -> Iterator[None]:
         own, _, passes = _replaced.get(key, (config._attn_implementation, other, 0))
         _replaced[key] = own, other, passes + 1
         # Not by `set_attn_implementation`, which would switch parts of the model that see no tree too.
-        config._attn_implementation_internal = other
+        vars(config)["_attn_implementation_internal"] = other
     try:
         yield
     finally:
@@ -209,7 +221,7 @@ def replaced_attention(config, other: str | None) -> Iterator[None]:
             if passes > 1:
                 _replaced[key] = own, other, passes - 1
             else:
-                config._attn_implementation_internal = own
+                vars(config)["_attn_implementation_internal"] = own
                 _turns.notify_all()
 
 
