@@ -149,8 +149,9 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             branching=self.knobs.branching,
             temperature=self.knobs.draft_temperature * self.temperature,
             draft_vocab=self.knobs.draft_vocab,
-            # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes.
-            on_demand=budget if self.device.type == "cpu" else None,
+            # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes. The anchor's
+            # row comes on top: products of 17 rows cost a quarter more than of 16.
+            on_demand=budget - 1 if self.device.type == "cpu" else None,
         )
         tail_valid = context.valid
         if tail_valid is not None:
