@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .tree import Children
-
 Key = tuple[int, int, int]  # batch row, depth index, row of the transitions
+# Next tokens, their log-probabilities (nats), and by token the row of the next depth that continues it.
+Row = tuple[list[int], list[float], dict[int, int]]
 
 
 class HeadRows:
@@ -42,10 +42,10 @@ class HeadRows:
         self.following = [
             [*(dict(zip(slot, range(len(slot)), strict=True)) for slot in slots[1:]), {}] for slots in self.previous
         ]
-        self.computed: dict[Key, Children] = {}
-        self.missing: dict[Key, Children] = {}  # rows that were read before they were computed, and what was guessed
+        self.computed: dict[Key, Row] = {}
+        self.missing: dict[Key, Row] = {}  # rows that were read before they were computed, and what was guessed
 
-    def read(self, index: int, depth: int, row: int) -> Children:
+    def read(self, index: int, depth: int, row: int) -> Row:
         """Return a row's next tokens, their log-probabilities and the rows that continue them.
 
         Of a row that is still missing these are a guess, the shortlist of its slot: so a tree built on it goes on

@@ -111,7 +111,7 @@ class Verifier:
             return None
         masks = {}
         for kind, window in self.windows.items():
-            if window is None and prefix.valid is None:
+            if window is None and prefix.valid is None:  # every node sees the whole prefix
                 masks[kind] = additive_mask(tree.ancestor_mask[:, None], self.dtype, seen=prefix.length)
                 continue
             layer = prefix.cache.layers[0 if kind is None else self.config.layer_types.index(kind)]
