@@ -320,18 +320,25 @@ def _commit_layer(
         else:
             kept = new_length - length
             if moved is not None:
-                states[:, :, stored : stored + kept] = _columns(states[:, :, stored:], moved.to(states.device))
+                states[:, :, stored : stored + kept] = columns_at(states[:, :, stored:], moved.to(states.device))
             states = states[:, :, max(0, stored + kept - keep) : stored + kept]
         setattr(layer, name, states)
     if window is not None:
         layer.cumulative_length = new_length
 
 
-def _columns(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return chosen columns of each row; `index` is `(batch, kept)`."""
+def columns_at(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return chosen columns of each row.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch, heads, columns, size)`):
+            To choose from.
+        index (`torch.LongTensor` of shape `(batch, kept)`):
+            The columns.
+    """
     if len(index) == 1:  # twice as fast on a CPU
         return states.index_select(2, index[0])
     return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
-__all__ = ["PrefixCache", "check_restorable", "recording_past"]
+__all__ = ["PrefixCache", "check_restorable", "columns_at", "recording_past"]

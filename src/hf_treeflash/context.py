@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import Cache
 
-from .cache import PrefixCache
+from .cache import PrefixCache, columns_at
 
 
 class Context(NamedTuple):
@@ -49,7 +49,7 @@ class Context(NamedTuple):
         nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
         steps = torch.arange(longest, device=device)
         return cls(
-            _columns(states, nodes),
+            columns_at(states[:, None], nodes)[:, 0],
             anchor_positions.to(device)[:, None] + steps,
             counts,
             None if min(counts) == longest else steps < torch.tensor(counts, device=device)[:, None],
@@ -105,18 +105,11 @@ class Context(NamedTuple):
         valid = torch.cat([valid.to(index.device) for valid in valids], dim=1)
         present = torch.arange(max(counts), device=index.device) < torch.tensor(counts, device=index.device)[:, None]
         return cls(
-            _columns(states, index.to(states.device)),
+            columns_at(states[:, None], index.to(states.device))[:, 0],
             positions.gather(1, index),
             counts,
             valid.gather(1, index) & present,
         )
-
-
-def _columns(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return chosen positions of each row; `index` is `(batch, kept)`."""
-    if len(index) == 1:  # several times as fast on a CPU
-        return states.index_select(1, index[0])
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 @contextmanager

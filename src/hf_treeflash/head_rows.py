@@ -6,8 +6,6 @@ import numpy as np
 import torch
 
 Key = tuple[int, int, int]  # batch row, depth index, row of the transitions
-# Next tokens, their log-probabilities (nats), and by token the row of the next depth that continues it.
-Row = tuple[list[int], list[float], dict[int, int]]
 
 
 class HeadRows:
@@ -42,11 +40,11 @@ class HeadRows:
         self.following = [
             [*(dict(zip(slot, range(len(slot)), strict=True)) for slot in slots[1:]), {}] for slots in self.previous
         ]
-        self.computed: dict[Key, Row] = {}
-        self.missing: dict[Key, Row] = {}  # rows that were read before they were computed, and what was guessed
+        self.computed: dict[Key, tuple] = {}
+        self.missing: dict[Key, tuple] = {}  # rows that were read before they were computed, and what was guessed
 
-    def read(self, index: int, depth: int, row: int) -> Row:
-        """Return a row's next tokens, their log-probabilities and the rows that continue them.
+    def read(self, index: int, depth: int, row: int) -> tuple[list[int], list[float], dict[int, int]]:
+        """Return a row's next tokens, their log-probabilities (nats) and, by token, the rows that continue them.
 
         Of a row that is still missing these are a guess, the shortlist of its slot: so a tree built on it goes on
         below the row, and the rows it will most likely need there are computed with it.

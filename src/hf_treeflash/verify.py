@@ -212,7 +212,7 @@ def replaced_attention(config, other: str | None) -> Iterator[None]:
         own, _, passes = _replaced.get(key, (config._attn_implementation, other, 0))
         _replaced[key] = own, other, passes + 1
         # Not by `set_attn_implementation`, which would switch parts of the model that see no tree too.
-        vars(config)["_attn_implementation_internal"] = other
+        config._attn_implementation_internal = other
     try:
         yield
     finally:
@@ -221,7 +221,7 @@ def replaced_attention(config, other: str | None) -> Iterator[None]:
             if passes > 1:
                 _replaced[key] = own, other, passes - 1
             else:
-                vars(config)["_attn_implementation_internal"] = own
+                config._attn_implementation_internal = own
                 _turns.notify_all()
 
 
