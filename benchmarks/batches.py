@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from hf_treeflash.benchmark import environment
-from hf_treeflash.pairs import encode_prompt, load_pair, with_knobs
+from hf_treeflash.bench.compare import environment
+from hf_treeflash.bench.pairs import encode_prompt, load_pair, with_knobs
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

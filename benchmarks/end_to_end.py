@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from hf_treeflash.benchmark import Arm, compare, text_table, tree_arm
-from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair, with_knobs, without_head
+from hf_treeflash.bench.compare import Arm, compare, text_table, tree_arm
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair, with_knobs, without_head
 
 
 def budget(value: str) -> int | str:

@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from kernel_cases import FULL, SMOKE, Case, Way, all_cases
 
-from hf_treeflash.measuring import columns, device_milliseconds, graphed, host_milliseconds, in_turn, machine, spread
+from hf_treeflash.bench.measuring import (
+    columns,
+    device_milliseconds,
+    graphed,
+    host_milliseconds,
+    in_turn,
+    machine,
+    spread,
+)
 
 
 class Timer(NamedTuple):

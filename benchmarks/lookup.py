@@ -16,8 +16,8 @@ import torch
 from transformers.utils import logging
 
 import hf_treeflash
-from hf_treeflash.benchmark import environment
-from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair, with_knobs
+from hf_treeflash.bench.compare import environment
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair, with_knobs
 
 PACKAGE = Path(hf_treeflash.__file__).parent
 

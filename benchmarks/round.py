@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.utils import logging
 
 from hf_treeflash import TreeFlashConfig, TreeFlashDraftModel
-from hf_treeflash.benchmark import environment
-from hf_treeflash.measuring import Stopwatch, columns, host_milliseconds, in_turn, spread
-from hf_treeflash.pairs import with_knobs
+from hf_treeflash.bench.compare import environment
+from hf_treeflash.bench.measuring import Stopwatch, columns, host_milliseconds, in_turn, spread
+from hf_treeflash.bench.pairs import with_knobs
 
 ARMS = {"vanilla": Vanilla, "eager": Eager, "reference": Reference, "static": Static}
 # Compiled for minutes and recorded as CUDA graphs.

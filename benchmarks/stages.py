@@ -18,9 +18,9 @@ import torch
 from transformers.utils import logging
 
 from hf_treeflash import candidate_generator, draft_head, generation, head_rows, modeling_treeflash
-from hf_treeflash.benchmark import environment
-from hf_treeflash.measuring import Stopwatch
-from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair
+from hf_treeflash.bench.compare import environment
+from hf_treeflash.bench.measuring import Stopwatch
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
 
 # What the models themselves compute; the rest of a round is the price of the method's bookkeeping.
 MODELS = ("drafter forward", "AR head", "lm_head, shortlist", "lm_head, candidates", "target forward")

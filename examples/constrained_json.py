@@ -18,9 +18,9 @@ import xgrammar
 from transformers.utils import logging
 from xgrammar.contrib.hf import LogitsProcessor
 
-from hf_treeflash.benchmark import RoundRecorder
-from hf_treeflash.demo import EMBEDDED
-from hf_treeflash.pairs import encode_prompt, load_pair
+from hf_treeflash.bench.compare import RoundRecorder
+from hf_treeflash.bench.demo import EMBEDDED
+from hf_treeflash.bench.pairs import encode_prompt, load_pair
 
 FIELDS = ["mathematics", "computing", "physics", "poetry"]
 PERSON = {

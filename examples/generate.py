@@ -14,8 +14,8 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 import hf_treeflash  # noqa: F401 - lets `generate` draft trees
-from hf_treeflash.benchmark import Arm, compare, text_table, tree_arm
-from hf_treeflash.pairs import describe_pair, encode_prompt, load_pair
+from hf_treeflash.bench.compare import Arm, compare, text_table, tree_arm
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -11,31 +11,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "hf_treeflash"
-# Flat siblings a Hub repository carries; they import torch, transformers and each other.
-CORE = {
-    "budget",
-    "cache",
-    "candidate_generator",
-    "checkpoints",
-    "configuration_treeflash",
-    "context",
-    "draft_head",
-    "generation",
-    "head_rows",
-    "logits_process",
-    "lookahead",
-    "lookup",
-    "modeling_treeflash",
-    "outputs",
-    "sequences",
-    "storage",
-    "tree",
-    "validation",
-    "verify",
-}
+# The root holds what a Hub repository carries, and what is the package's own: its front door and its command line.
+FRONT = {"__init__", "cli"}
+CORE = {path.stem for path in PACKAGE.glob("*.py")} - FRONT
 PARTS = {"cache", "head_rows", "logits_process", "storage", "tree"}
 CORE_LIBRARIES = {"numpy", "torch", "transformers", "huggingface_hub", "safetensors"}
 OPTIONAL = {"triton", "peft", "datasets", "matplotlib", "typer", "rich"}
+# From each folder, where its modules may reach besides their neighbours; "" is the root.
+REACH = {
+    "": set(),
+    "kernels": set(),
+    "static": {"", "kernels"},
+    "training": {""},
+    "bench": {""},
+    "hub": {"", "bench"},
+}
 
 
 def imports(path: Path, top_level_only: bool = False):
@@ -48,8 +38,62 @@ def imports(path: Path, top_level_only: bool = False):
             yield node.level, node.module or ""
 
 
+def name_of(path: Path) -> str:
+    """Return a file's module name below the package, `""` for the package itself."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Return the package's own modules that a file imports anywhere, functions included."""
+    package = [*path.relative_to(PACKAGE).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]).strip(".")
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "hf_treeflash":
+            base = node.module.removeprefix("hf_treeflash").lstrip(".")
+        else:
+            continue
+        for alias in node.names:
+            inner = f"{base}.{alias.name}".lstrip(".")
+            found.add(inner if inner in modules else base)
+    return found
+
+
+@pytest.fixture(scope="module")
+def arrows() -> dict[str, set[str]]:
+    """The package's modules, and what each imports of the others."""
+    files = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+    return {name: imported_modules(path, set(files)) for name, path in files.items()}
+
+
+def test_imports_form_no_circle(arrows):
+    done: set[str] = set()
+
+    def follow(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(arrows[name] - {name}):
+                follow(other, (*trail, name))
+            done.add(name)
+
+    for name in sorted(arrows):
+        follow(name, ())
+
+
+def test_no_arrow_points_back_up(arrows):
+    for name, others in arrows.items():
+        if name in {"", "cli"}:
+            continue
+        folder = name.rpartition(".")[0] or (name if (PACKAGE / name).is_dir() else "")
+        for other in others:
+            there = other.rpartition(".")[0] or (other if (PACKAGE / other).is_dir() else "")
+            assert other not in {"", "cli"}, f"{name} imports the package's front door"
+            assert there == folder or there in REACH[folder], f"{name} imports {other}"
+
+
 @pytest.mark.parametrize("name", sorted(CORE))
-def test_core_files_are_flat_siblings_on_torch_and_transformers(name):
+def test_what_a_repository_carries_is_flat_siblings_on_torch_and_transformers(name):
     for level, module in imports(PACKAGE / f"{name}.py"):
         if level:
             assert level == 1 and module in CORE, f"{name} imports .{module}"
@@ -58,15 +102,18 @@ def test_core_files_are_flat_siblings_on_torch_and_transformers(name):
             assert root in CORE_LIBRARIES or root in sys.stdlib_module_names, f"{name} imports {module}"
 
 
+def test_every_module_of_the_root_is_carried_by_a_repository():
+    """The listing tells what is exported: nothing stands in the root that the drafter or `generate` does not need."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    entries = [str(PACKAGE / f"{name}.py") for name in ("modeling_treeflash", "generation")]
+    carried = {Path(file).stem for entry in entries for file in [entry, *get_relative_import_files(entry)]}
+    assert carried == CORE
+
+
 @pytest.mark.parametrize("name", sorted(PARTS))
 def test_the_algorithms_parts_do_not_know_the_drafter(name):
     assert all(level == 0 or module in PARTS for level, module in imports(PACKAGE / f"{name}.py"))
-
-
-def test_nothing_outside_imports_the_outer_ring():
-    for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "kernels").glob("*.py")]:
-        if path.stem in CORE or path.parent.name == "kernels":
-            assert not {module for _, module in imports(path)} & {"training", "hub", "cli", "demo", "benchmark"}
 
 
 def test_kernels_know_torch_triton_and_the_attention_registry_only():
@@ -75,18 +122,6 @@ def test_kernels_know_torch_triton_and_the_attention_registry_only():
             root = module.split(".")[0]
             allowed = {"torch", "triton"} | ({"transformers"} if path.stem == "attention_interface" else set())
             assert level == 1 or root in allowed or root in sys.stdlib_module_names, f"{path.name}: {module}"
-
-
-def test_static_stands_on_the_core_and_the_kernels():
-    for path in (PACKAGE / "static").glob("*.py"):
-        for level, module in imports(path):
-            root = module.split(".")[0]
-            if level == 1:
-                assert (PACKAGE / "static" / f"{root}.py").exists()
-            elif level == 2:
-                assert root in CORE | {"kernels"}, f"{path.name}: {module}"
-            else:
-                assert root in {"torch", "transformers"} or root in sys.stdlib_module_names, f"{path.name}: {module}"
 
 
 def test_optional_libraries_load_when_used():
@@ -102,7 +137,7 @@ def test_optional_libraries_load_when_used():
         "import json; print(json.dumps([m for m in sys.modules if m.startswith('hf_treeflash.')]))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    outer = {f"hf_treeflash.{name}" for name in ("training", "hub", "cli", "demo", "benchmark", "static")}
+    outer = {f"hf_treeflash.{name}" for name in ("training", "hub", "bench", "cli", "static")}
     assert not outer & set(json.loads(loaded))
 
 

@@ -9,8 +9,8 @@ import typer
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from .benchmark import compare, standard_arms, text_table
-from .pairs import describe_pair, encode_prompt, load_pair, load_target
+from .bench.compare import compare, standard_arms, text_table
+from .bench.pairs import describe_pair, encode_prompt, load_pair, load_target
 
 app = typer.Typer(
     help="Lossless tree speculative decoding inside transformers' generate().",
@@ -45,7 +45,7 @@ def demo(
     repeats: Annotated[int, typer.Option(help="Timed repeats.")] = 5,
 ) -> None:
     """Watch a small embedded pair draft trees: a coloured stream, one tree, a table. Works offline."""
-    from .demo import EMBEDDED, run
+    from .bench.demo import EMBEDDED, run
 
     if not EMBEDDED.exists() and None in (target, drafter, prompts):
         raise typer.BadParameter("this installation has no embedded pair: give --target, --drafter and --prompts")

@@ -11,7 +11,7 @@ from tests.hub.pair_on_disk import CHAT_TEMPLATE, save_pair
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 
-from hf_treeflash import demo  # noqa: E402
+from hf_treeflash.bench import demo  # noqa: E402
 from hf_treeflash.cli import app  # noqa: E402
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_treeflash.benchmark import (
+from hf_treeflash.bench.compare import (
     RoundRecorder,
     acceptance_rates,
     compare,
@@ -14,7 +14,7 @@ from hf_treeflash.benchmark import (
     text_table,
     tree_arm,
 )
-from hf_treeflash.pairs import describe_pair, encode_prompt, with_knobs, without_head
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, with_knobs, without_head
 from tests.hub.pair_on_disk import CHAT_TEMPLATE, letter_tokenizer
 from tests.tiny import prompt, tiny_drafter, tiny_target
 

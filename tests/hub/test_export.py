@@ -11,9 +11,10 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 
 from hf_treeflash import TreeFlashDraftModel
-from hf_treeflash.benchmark import compare, standard_arms
-from hf_treeflash.hub import export_drafter, export_speculators, list_files, push
-from hf_treeflash.pairs import describe_pair
+from hf_treeflash.bench.compare import compare, standard_arms
+from hf_treeflash.bench.pairs import describe_pair
+from hf_treeflash.hub import export_drafter, export_speculators, push
+from hf_treeflash.hub.scan import list_files
 from tests.hub.pair_on_disk import letter_tokenizer
 from tests.tiny import prompt, tiny_drafter, tiny_target
 

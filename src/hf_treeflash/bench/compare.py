@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .configuration_treeflash import DRAFTING_DEFAULTS
+from ..configuration_treeflash import DRAFTING_DEFAULTS
 from .measuring import columns, machine, spread, synchronize
 from .pairs import with_knobs, without_head
 

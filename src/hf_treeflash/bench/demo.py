@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from .benchmark import RoundRecorder, compare, standard_arms, table_rows
-from .candidate_generator import TreeFlashCandidateGenerator
-from .context import Context, tapped_states
+from ..candidate_generator import TreeFlashCandidateGenerator
+from ..context import Context, tapped_states
+from ..tree import DraftTree
+from .compare import RoundRecorder, compare, standard_arms, table_rows
 from .pairs import load_pair
-from .tree import DraftTree
 
 # A small trained target and drafter, and prompts held out of their training.
-EMBEDDED = Path(__file__).with_name("tiny")
+EMBEDDED = Path(__file__).parents[1] / "tiny"
 ACCEPTED, CHOSEN = "green", "bold yellow"
 MEASURED_PROMPTS, SHOWN_NODES = 2, 22
 

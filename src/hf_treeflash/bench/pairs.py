@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .modeling_treeflash import TreeFlashDraftModel
+from ..modeling_treeflash import TreeFlashDraftModel
 
 
 def load_pair(

@@ -6,8 +6,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
-from .benchmark import table_rows
-from .candidate_generator import DraftingKnobs
+from ..bench.compare import table_rows
+from ..candidate_generator import DraftingKnobs
 
 logger = logging.get_logger(__name__)
 

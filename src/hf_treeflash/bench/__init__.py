@@ -1,0 +1,1 @@
+"""Measuring and showing: ways to decode compared, and a demo; import its modules."""
