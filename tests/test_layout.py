@@ -17,6 +17,7 @@ CORE = {
     "cache",
     "candidate_generator",
     "checkpoints",
+    "compat",
     "configuration_treeflash",
     "context",
     "draft_head",
@@ -33,7 +34,7 @@ CORE = {
     "validation",
     "verify",
 }
-PARTS = {"cache", "head_rows", "logits_process", "storage", "tree"}
+PARTS = {"cache", "compat", "head_rows", "logits_process", "storage", "tree"}
 CORE_LIBRARIES = {"numpy", "torch", "transformers", "huggingface_hub", "safetensors"}
 OPTIONAL = {"triton", "peft", "datasets", "matplotlib", "typer", "rich"}
 
