@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from hf_treeflash import candidate_generator
 from hf_treeflash.cache import PrefixCache
 from hf_treeflash.candidate_generator import TreeFlashCandidateGenerator
+from hf_treeflash.compat import CACHE
 from hf_treeflash.context import Context, tapped_states
 from hf_treeflash.modeling_treeflash import Transitions
 from hf_treeflash.tree import build_tables, tree_from_tables
@@ -53,7 +54,7 @@ class Vanilla:
 
     def round(self, stage: Stage) -> None:
         with stage("verify"):
-            outputs = self.target(self.token, position_ids=self.position, past_key_values=self.cache, logits_to_keep=1)
+            outputs = self.target(self.token, position_ids=self.position, **{CACHE: self.cache}, logits_to_keep=1)
         with stage("walk"):
             int(outputs.logits[0, -1].argmax())
 
@@ -166,7 +167,7 @@ class Reference:
             self.tree.token_ids,
             attention_mask=additive_mask(visible, self.target.dtype),
             position_ids=self.start + self.tree.depths,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             output_hidden_states=True,
         )
 

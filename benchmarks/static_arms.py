@@ -5,6 +5,7 @@ from round_arms import Setting, Stage, random_cache, unread
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
 from hf_treeflash.candidate_generator import TreeFlashCandidateGenerator
+from hf_treeflash.compat import CACHE
 from hf_treeflash.logits_process import TreeLogitsProcessor
 from hf_treeflash.static.launch import Launcher
 from hf_treeflash.static.round import StaticRound
@@ -87,7 +88,7 @@ class GraphedVanilla:
         self.step = torch.compile(setting.target.__call__, mode="reduce-overhead", fullgraph=False)
 
     def round(self, stage: Stage) -> None:
-        outputs = self.step(self.token, position_ids=self.position, past_key_values=self.cache, logits_to_keep=1)
+        outputs = self.step(self.token, position_ids=self.position, **{CACHE: self.cache}, logits_to_keep=1)
         int(outputs.logits[0, -1].argmax())
 
     def rewind(self) -> None:

@@ -144,7 +144,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             self.draft_head,
             position_ids=torch.cat([context.position_ids, block], dim=1).to(self.device),
             attention_mask=self._mask(context),
-            past_key_values=self.prefix.cache,
+            cache=self.prefix.cache,
             num_candidates=self.knobs.num_candidates,
             branching=self.knobs.branching,
             temperature=self.knobs.draft_temperature * self.temperature,

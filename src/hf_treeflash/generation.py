@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from .budget import auto_budget
 from .cache import PrefixCache, check_restorable, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
+from .compat import CACHE
 from .context import Context, count_positions, recall_context, remember_context, tapped_states
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
@@ -22,7 +23,7 @@ from .validation import check_call, check_prompt
 from .verify import Verdict, Verifier, walk
 
 # What a verify pass sets itself, or only the prompt needs.
-PROMPT_KWARGS = {"attention_mask", "position_ids", "past_key_values", "inputs_embeds", "logits_to_keep"}
+PROMPT_KWARGS = {"attention_mask", "position_ids", CACHE, "inputs_embeds", "logits_to_keep"}
 
 
 class TreeDecoding:
@@ -94,13 +95,13 @@ class TreeDecoding:
     def prefill(self) -> None:
         """Run the target over the prompt as plain decoding does, and choose the first token."""
         kwargs, batch = self.model_kwargs, len(self.rows)
-        earlier = recall_context(kwargs["past_key_values"], self.drafter)
+        earlier = recall_context(kwargs[CACHE], self.drafter)
         outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs)
         states = torch.cat(self.taps, dim=1)
         self.taps.clear()
         mask, position_ids = kwargs.get("attention_mask"), kwargs["position_ids"]
         valid = None if mask is None else mask.bool()
-        cache = outputs.past_key_values
+        cache = outputs[CACHE]
         outlives = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         self.prefix = PrefixCache(cache, valid, keep_rows=bool(outlives))
         self.prompt_columns, self.first_positions = self.prefix.length, position_ids[..., -1] + 1
@@ -263,12 +264,12 @@ def tree_decoding(
     Arguments and return value are those of `GenerationMixin._assisted_decoding`; a dictionary output also has
     `acceptance_lengths` and `block_efficiency`, see [`TreeFlashGenerateOutput`].
     """
-    check_restorable(model_kwargs.get("past_key_values"))
+    check_restorable(model_kwargs.get(CACHE))
     check_prompt(input_ids, generation_config, model_kwargs)
     decoding = TreeDecoding
     if getattr(generation_config, "_treeflash_static", False):
-        if getattr(model_kwargs["past_key_values"], "_is_user_defined", False):
-            raise ValueError("`cache_implementation='static'` makes its own cache; leave out `past_key_values`.")
+        if getattr(model_kwargs[CACHE], "_is_user_defined", False):
+            raise ValueError(f"`cache_implementation='static'` makes its own cache; leave out `{CACHE}`.")
         decoding = static_decoding()
     return decoding(
         target,

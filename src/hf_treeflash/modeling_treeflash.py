@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
+from .compat import CACHE
 from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
 from .draft_head import narrowed
 from .head_rows import HeadRows
@@ -103,7 +104,7 @@ class TreeFlashAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, context, position_embeddings, attention_mask, past_key_values, **kwargs):
+    def forward(self, hidden_states, context, position_embeddings, attention_mask, cache, **kwargs):
         batch, slots, _ = hidden_states.shape
         # One projection for context and block together: their keys and values differ only in where they come from.
         source = torch.cat([context, hidden_states], dim=1)
@@ -113,8 +114,8 @@ class TreeFlashAttention(nn.Module):
         cos, sin = position_embeddings
         query = apply_rotary(query, cos[:, :, -slots:], sin[:, :, -slots:])
         key = apply_rotary(key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attention(
             self,
@@ -195,7 +196,7 @@ class TreeFlashPreTrainedModel(PreTrainedModel):
     main_input_name = "noise_embeds"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TreeFlashDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -238,8 +239,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         context_hidden_states: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        past_key_values=None,
+        cache: Cache | None = None,
         previous_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> TreeFlashOutput:
         """Run one drafting pass.
@@ -254,35 +256,35 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             attention_mask (`torch.Tensor` or `dict[str, torch.Tensor]`, *optional*):
                 2D padding mask over cached context, new context and slots, or 4D masks (boolean or additive) of
                 shape `(batch, 1, slots, keys)`, one for all layers or one per layer type. None: everything is seen.
-            past_key_values ([`Cache`], *optional*):
-                Keys and values of earlier context. The caller drops the block's again.
+            cache ([`Cache`], *optional*):
+                Keys and values of earlier context. The caller drops the block's again. Before transformers 5.24 its
+                own chain calls it `past_key_values`.
             previous_embeds (`torch.Tensor` of shape `(batch, slots, hidden_size)`, *optional*):
                 Target embeddings of the token before each slot; asks for `corrected_hidden_state` (training).
 
         Returns:
             [`TreeFlashOutput`]
         """
+        cache = past_key_values if cache is None else cache
         hidden_states = self.backbone(
-            noise_embeds, context_hidden_states, position_ids, attention_mask, past_key_values, **kwargs
+            noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs
         )
         normed = self.norm(hidden_states)
         corrected = None
         if previous_embeds is not None:
             corrected = self.correct(hidden_states, normed, previous_embeds)
-        return TreeFlashOutput(
-            last_hidden_state=normed, past_key_values=past_key_values, corrected_hidden_state=corrected
-        )
+        return TreeFlashOutput(last_hidden_state=normed, corrected_hidden_state=corrected, **{CACHE: cache})
 
     def backbone(
-        self, noise_embeds, context_hidden_states, position_ids, attention_mask, past_key_values, **kwargs
+        self, noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs
     ) -> torch.Tensor:
         """Return the block's states before the final norm; arguments as in `forward`."""
         context = self.hidden_norm(self.fc(context_hidden_states))
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             length = context.shape[1] + noise_embeds.shape[1]
             position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
-        masks = self._layer_masks(attention_mask, noise_embeds, past_key_values)
+        masks = self._layer_masks(attention_mask, noise_embeds, cache)
         cos, sin = self.rotary_emb(noise_embeds, position_ids)
         sin[..., : sin.shape[-1] // 2].neg_()  # see `apply_rotary`
         position_embeddings = (cos[:, None], sin[:, None])
@@ -293,7 +295,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 context,
                 position_embeddings=position_embeddings,
                 attention_mask=masks[kind],
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         return hidden_states
@@ -304,7 +306,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             raise ValueError("This drafter has no AR head; set `config.ar_head='swiglu'` to give it one.")
         return self.norm(by_slot(hidden_states, slots) + self.ar_head(previous_embeds, normed, slots))
 
-    def _layer_masks(self, attention_mask, noise_embeds, past_key_values) -> dict:
+    def _layer_masks(self, attention_mask, noise_embeds, cache) -> dict:
         if isinstance(attention_mask, dict):
             return attention_mask
         layer_types = set(self.config.layer_types or [])
@@ -315,7 +317,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             "config": self.config,
             "inputs_embeds": noise_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
         }
         builders = {
             "full_attention": create_bidirectional_mask,
@@ -333,7 +335,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         *,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        past_key_values=None,
+        cache: Cache | None = None,
         num_candidates: int = 16,
         branching: int = 16,
         temperature: float = 1.0,
@@ -346,7 +348,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             anchor_ids (`torch.LongTensor` of shape `(batch,)`):
                 Newest committed tokens.
             context_hidden_states (`torch.Tensor` of shape `(batch, context, taps * hidden_size)`):
-                See `forward`, like `position_ids`, `attention_mask` and `past_key_values`.
+                See `forward`, like `position_ids`, `attention_mask` and `cache`.
             embed, lm_head (`Callable`):
                 The target's input embedding and output layer.
             num_candidates (`int`, *optional*, defaults to 16):
@@ -369,7 +371,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         """
         masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))
-        hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, past_key_values)
+        hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache)
         hidden = hidden[:, 1:]
         normed = self.norm(hidden)
         if self.ar_head is None:

@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import PrefixCache
+from .compat import CACHE
 
 Rows = list[tuple]  # per sequence, one entry per emitted token
 
@@ -100,9 +101,9 @@ class Recorder:
             logits=_join(self.logits, steps),
             hidden_states=_join_layers(self.states, steps),
             attentions=_join_layers(self.attentions, steps),
-            past_key_values=cache,
             acceptance_lengths=acceptance_lengths,
             block_efficiency=emitted / passes if passes else float("nan"),
+            **{CACHE: cache},
         )
 
 

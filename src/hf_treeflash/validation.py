@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from .candidate_generator import DraftingKnobs
+from .compat import CACHE
 from .draft_head import check_head, home_of
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -93,7 +94,7 @@ def check_prompt(input_ids, generation_config: GenerationConfig, model_kwargs: d
         raise ValueError(f"`input_ids` must have the shape (batch, length), got {tuple(input_ids.shape)}.")
     mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
     length = (input_ids if embeds is None else embeds).shape[1]
-    cached = model_kwargs["past_key_values"].get_seq_length()
+    cached = model_kwargs[CACHE].get_seq_length()
     if length == 0:
         raise ValueError("The prompt is empty; pass at least one token.")
     if mask is not None and mask.shape[1] not in (length, cached + length):

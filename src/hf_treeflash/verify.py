@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from .cache import PrefixCache
+from .compat import CACHE
 from .tree import DraftTree
 
 logger = logging.get_logger(__name__)
@@ -95,10 +96,10 @@ class Verifier:
         with replaced_attention(self.config, self.attention):
             inputs = self.target.prepare_inputs_for_generation(
                 tree.token_ids,
-                past_key_values=prefix.cache,
                 attention_mask=self.masks(tree, prefix),
                 position_ids=anchor_positions[..., None] + tree.depths,
                 is_first_iteration=False,
+                **{CACHE: prefix.cache},
                 **model_kwargs,
             )
             if "logits_to_keep" in inputs:

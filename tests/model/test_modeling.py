@@ -54,9 +54,9 @@ def test_context_in_parts_equals_context_at_once():
     anchors, context, embed, lm_head = drafting_inputs(drafter, target)
     once = drafter.draft(anchors, context, embed, lm_head)
     cache = DynamicCache(config=drafter.config)
-    drafter.draft(anchors, context[:, :4], embed, lm_head, past_key_values=cache)
+    drafter.draft(anchors, context[:, :4], embed, lm_head, cache=cache)
     cache.crop(-8)
-    parts = drafter.draft(anchors, context[:, 4:], embed, lm_head, past_key_values=cache)
+    parts = drafter.draft(anchors, context[:, 4:], embed, lm_head, cache=cache)
     assert torch.equal(once.token_ids, parts.token_ids)
     torch.testing.assert_close(once.log_probs, parts.log_probs, atol=1e-5, rtol=1e-5)
 

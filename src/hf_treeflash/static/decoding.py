@@ -21,7 +21,7 @@ class StaticDecoding(TreeDecoding):
     """One `generate` call whose rounds run on the device over static caches, without a host synchronisation.
 
     Arguments are those of [`TreeDecoding`]. Prefill is plain decoding's. What [`why_dynamic`] names is decoded with
-    dynamic caches instead, after a warning. A dictionary output has no `past_key_values`: the caches stay with the
+    dynamic caches instead, after a warning. A dictionary output has no cache: the caches stay with the
     drafter for the next call.
     """
 

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from ..candidate_generator import TreeFlashCandidateGenerator
+from ..compat import CACHE
 from ..context import Context
 from ..kernels import Tree, accept, build_tree
 from ..logits_process import TreeLogitsProcessor
@@ -132,7 +133,7 @@ class StaticRound:
                 context_hidden_states=context.hidden_states.to(self.device, self.generator.dtype),
                 position_ids=torch.cat([positions, positions[:, -1:] + 1], dim=1),
                 attention_mask=dict.fromkeys(self.drafter.config.layer_types),
-                past_key_values=self.drafter_cache,
+                cache=self.drafter_cache,
             )
 
     @torch.no_grad()
@@ -163,7 +164,7 @@ class StaticRound:
                 self.generator.draft_head,
                 position_ids=torch.cat([context, block], dim=1) + self.offsets[:, None],
                 attention_mask=block_masks(self.drafter.config, self.starts, self.lengths, span, self.generator.dtype),
-                past_key_values=self.drafter_cache,
+                cache=self.drafter_cache,
                 num_candidates=self.knobs.num_candidates,
                 branching=self.knobs.branching,
                 temperature=self.knobs.draft_temperature * self.generator.temperature,
@@ -216,10 +217,10 @@ def target_step(target, layer_ids: list[int], token_ids, position_ids, cache: Ca
     outputs = target(
         input_ids=token_ids,
         position_ids=position_ids,
-        past_key_values=cache,
         use_cache=True,
         output_hidden_states=True,
         return_dict=True,
+        **{CACHE: cache},
         **attention,
     )
     return outputs.logits, torch.cat([outputs.hidden_states[layer + 1] for layer in layer_ids], dim=-1)
