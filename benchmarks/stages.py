@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from transformers.utils import logging
 
-from hf_treeflash import candidate_generator, draft_head, generation, head_rows, modeling_treeflash
+from hf_treeflash import candidate_generator, decoding, draft_head, head_rows, modeling_treeflash
 from hf_treeflash.bench.compare import environment
 from hf_treeflash.bench.measuring import Stopwatch
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
@@ -29,7 +29,7 @@ MODELS = ("drafter forward", "AR head", "lm_head, shortlist", "lm_head, candidat
 @contextmanager
 def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
     """Wrap what a round is made of."""
-    loop, generator = generation.TreeDecoding, candidate_generator.TreeFlashCandidateGenerator
+    loop, generator = decoding.TreeDecoding, candidate_generator.TreeFlashCandidateGenerator
     places = [
         (loop, "verify", "tree mask and inputs"),
         (loop, "walk", "walk"),
@@ -48,15 +48,15 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
     prefill, draft, lm_head = loop.prefill, loop.draft, head.__call__
     heads = []
 
-    def outside_rounds(self):
+    def outside_rounds(self, taps):
         watch.current = defaultdict(float)
-        return prefill(self)
+        return prefill(self, taps)
 
-    def new_round(self):
+    def new_round(self, state):
         watch.new_round()
         heads[:] = [MODELS[3], MODELS[2]] if drafter.ar_head is not None else [MODELS[2]]
         with watch.stage("loop"):
-            return draft(self)
+            return draft(self, state)
 
     def timed_lm_head(self, *args):
         with watch.stage(heads.pop() if len(heads) > 1 else heads[0]):  # rows come in several calls

@@ -223,9 +223,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         chain = tree.token_ids[0][tree.ancestor_mask[0, deepest]][1:]
         return torch.cat([input_ids, chain[None].to(input_ids.device)], dim=1), None
 
-    def update_candidate_strategy(
-        self, input_ids: torch.LongTensor, scores: torch.FloatTensor | None, num_matches: int
-    ):
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor | None, num_matches: int):
         """Note how many drafted tokens the target accepted; a drafter that never helps is reported once.
 
         Args:

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria
 
-from hf_treeflash.generation import TreeDecoding
+from hf_treeflash.decoding import TreeDecoding
 from tests.families.checks import CLOSE, assert_same_cache, check_greedy, ending_at, own_columns
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
@@ -66,7 +66,7 @@ def test_finished_rows_leave_the_batch(full_target, drafter, monkeypatch):
     inputs, sizes = padded(4), []
     verify = TreeDecoding.verify
     monkeypatch.setattr(
-        TreeDecoding, "verify", lambda self, tree: sizes.append(len(tree.depths)) or verify(self, tree)
+        TreeDecoding, "verify", lambda self, state, tree: sizes.append(len(tree.depths)) or verify(self, state, tree)
     )
     eos = ending_at(full_target, inputs, [1, 8, 15])
     settings = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": eos, "return_dict_in_generate": True}

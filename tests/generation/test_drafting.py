@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import StoppingCriteriaList
 
-from hf_treeflash import generation
+from hf_treeflash import decoding
 from hf_treeflash.lookup import PromptLookup, graft
 from hf_treeflash.sequences import Sequences
 from hf_treeflash.tree import build_tables, tree_from_tables
@@ -27,13 +27,13 @@ def run(target, drafter, ids=None, **settings):
 
 def test_pruning_spends_no_node_on_what_cannot_be_emitted(target, monkeypatch):
     trees = []
-    draft = generation.TreeDecoding.draft
+    draft = decoding.TreeDecoding.draft
 
-    def recording(self):
-        trees.append(draft(self))
+    def recording(self, state):
+        trees.append(draft(self, state))
         return trees[-1]
 
-    monkeypatch.setattr(generation.TreeDecoding, "draft", recording)
+    monkeypatch.setattr(decoding.TreeDecoding, "draft", recording)
     allowed = [5, 9, 14, 20]
     drafter = with_knobs(tiny_drafter(), tree_budget=24)
     run(target, drafter, prefix_allowed_tokens_fn=lambda row, ids: allowed)
@@ -140,13 +140,13 @@ def test_lookup_learns_how_far_to_trust_a_match_of_each_length(target):
 @pytest.mark.parametrize("window", [1, 6, 20])
 def test_draft_window_bounds_the_drafters_cache(target, monkeypatch, window):
     lengths = []
-    commit = generation.TreeDecoding.commit
+    commit = decoding.TreeDecoding.commit
 
     def recording(self, *args):
         lengths.append(self.generator.prefix.cache.layers[0].keys.shape[2])
         return commit(self, *args)
 
-    monkeypatch.setattr(generation.TreeDecoding, "commit", recording)
+    monkeypatch.setattr(decoding.TreeDecoding, "commit", recording)
     drafter = with_knobs(tiny_drafter(), draft_window=window)
     for batch in (1, 3):
         run(target, drafter, prompt(12, batch=batch), max_new_tokens=50)

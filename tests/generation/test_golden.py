@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_treeflash import generation
+from hf_treeflash import decoding
 from tests.tiny import with_knobs
 
 KEYS = {
@@ -24,15 +24,15 @@ def paths(tokens, parents):
 def first_tree(monkeypatch):
     """Record the first drafted tree of each call."""
     trees = []
-    draft = generation.TreeDecoding.draft
+    draft = decoding.TreeDecoding.draft
 
-    def recording(self):
-        tree = draft(self)
+    def recording(self, state):
+        tree = draft(self, state)
         if not self.acceptance_lengths[0]:
             trees.append(tree)
         return tree
 
-    monkeypatch.setattr(generation.TreeDecoding, "draft", recording)
+    monkeypatch.setattr(decoding.TreeDecoding, "draft", recording)
     return trees
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
-from hf_treeflash import generation
+from hf_treeflash import decoding
 from tests.conftest import GOLDEN
 from tests.generation.test_batch import padded
 from tests.tiny import VOCAB, tiny_drafter, tiny_target, with_knobs
@@ -65,7 +65,7 @@ def same_text(target, drafter, new_processor, batch: int, lookup: int | None = N
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_processor_that_forks_prunes_the_draft(target, drafter, batch, monkeypatch):
     pruned = same_text(target, drafter, lambda: Digits(batch), batch)
-    monkeypatch.setattr(generation, "askable", lambda processors: [])
+    monkeypatch.setattr(decoding, "askable", lambda processors: [])
     blind = same_text(target, drafter, lambda: Digits(batch), batch)
     assert pruned.block_efficiency > 1.3 * blind.block_efficiency
 
@@ -79,8 +79,8 @@ def test_looking_ahead_leaves_the_processor_where_it_is(target, drafter):
 
 def test_looked_up_tokens_obey_the_grammar_too(target, drafter, monkeypatch):
     trees = []
-    draft = generation.TreeDecoding.draft
-    monkeypatch.setattr(generation.TreeDecoding, "draft", lambda self: trees.append(draft(self)) or trees[-1])
+    draft = decoding.TreeDecoding.draft
+    monkeypatch.setattr(decoding.TreeDecoding, "draft", lambda *args: trees.append(draft(*args)) or trees[-1])
     same_text(target, drafter, lambda: Digits(1), 1, lookup=6)
     tokens = {token for tree in trees for token in tree.token_ids[0].tolist()}
     assert tokens <= {4, 6, 7, 8, 9, 10}
@@ -106,7 +106,7 @@ def grammars(*sources: str):
 def test_xgrammar(target, drafter, sources, monkeypatch):
     processor, batch = grammars(*sources), len(sources)
     pruned = same_text(target, drafter, processor, batch)
-    monkeypatch.setattr(generation, "askable", lambda processors: [])
+    monkeypatch.setattr(decoding, "askable", lambda processors: [])
     blind = same_text(target, drafter, processor, batch)
     assert pruned.block_efficiency > 1.3 * blind.block_efficiency
 
@@ -142,7 +142,7 @@ def test_a_json_schema_raises_block_efficiency_on_the_reference_pair(
     for do_sample in (False, True):
         plain, pruned = run(None, do_sample=do_sample), run(drafter, do_sample=do_sample)
         with monkeypatch.context() as patch:
-            patch.setattr(generation, "askable", lambda processors: [])
+            patch.setattr(decoding, "askable", lambda processors: [])
             blind = run(drafter, do_sample=do_sample)
         assert torch.equal(plain.sequences, pruned.sequences) and torch.equal(plain.sequences, blind.sequences)
         assert pruned.block_efficiency > (1.05 if do_sample else 1.15) * blind.block_efficiency

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationMixin
 
 import hf_treeflash
-from hf_treeflash import TreeFlashCandidateGenerator, generation
+from hf_treeflash import TreeFlashCandidateGenerator, decoding, generation
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 
@@ -163,16 +163,16 @@ def test_nothing_outlives_the_call(target):
     import weakref
 
     seen = []
-    original = generation.TreeDecoding.prefill
+    original = decoding.TreeDecoding.prefill
 
-    def spy(self):
+    def spy(self, taps):
         seen.append(weakref.ref(self))
-        original(self)
+        return original(self, taps)
 
-    generation.TreeDecoding.prefill = spy
+    decoding.TreeDecoding.prefill = spy
     try:
         greedy(target, assistant_model=tiny_drafter())
     finally:
-        generation.TreeDecoding.prefill = original
+        decoding.TreeDecoding.prefill = original
     gc.collect()
     assert seen[0]() is None

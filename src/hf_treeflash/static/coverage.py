@@ -5,16 +5,17 @@ from collections.abc import Iterator
 import torch
 from transformers import GenerationMixin
 
-from ..generation import PROMPT_KWARGS, TreeDecoding
+from ..decoding import PROMPT_KWARGS, TreeDecoding
 from ..logits_process import PREFIX_INDEPENDENT
+from ..round_state import RoundState
 
 # Rotary embeddings that depend on the longest position of a pass, which they read on the host.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def why_dynamic(decoding: TreeDecoding) -> str | None:
+def why_dynamic(decoding: TreeDecoding, state: RoundState) -> str | None:
     """Return what the static path does not cover in a call that has been prefilled, None if it covers everything."""
-    return next(_uncovered(decoding), None)
+    return next(_uncovered(decoding, state), None)
 
 
 def is_left_padded(valid: torch.Tensor | None) -> bool:
@@ -27,7 +28,7 @@ def is_left_padded(valid: torch.Tensor | None) -> bool:
     return valid is None or (bool(valid[:, -1].all()) and not bool((valid[:, :-1] & ~valid[:, 1:]).any()))
 
 
-def _uncovered(decoding: TreeDecoding) -> Iterator[str]:
+def _uncovered(decoding: TreeDecoding, state: RoundState) -> Iterator[str]:
     config, target = decoding.generation_config, decoding.target
     if decoding.auto is not None:
         yield "`tree_budget='auto'`"
@@ -52,9 +53,9 @@ def _uncovered(decoding: TreeDecoding) -> Iterator[str]:
     devices = set(getattr(target, "hf_device_map", {}).values())
     if len(devices) > 1 or decoding.generator.device != target.device:
         yield "models on several devices"
-    if decoding.positions.ndim != 1:
+    if state.positions.ndim != 1:
         yield "several position axes"
-    if not is_left_padded(decoding.prefix.valid):
+    if not is_left_padded(state.prefix.valid):
         yield "padding that is not on the left"
 
 

@@ -8,7 +8,8 @@ import torch
 from transformers.utils import logging
 
 from ..context import tapped_states
-from ..generation import TreeDecoding
+from ..decoding import TreeDecoding
+from ..round_state import RoundState
 from .coverage import why_dynamic
 from .launch import Launcher
 from .round import StaticRound
@@ -27,29 +28,29 @@ class StaticDecoding(TreeDecoding):
 
     def run(self):
         """Decode until every row is finished; return what `generate` returns."""
-        with tapped_states(self.target, self.drafter.config.target_layer_ids) as self.taps:
-            self.prefill()
-            reason = why_dynamic(self)
-            self.is_static = reason is None
-            if not self.is_static:
+        with tapped_states(self.target, self.drafter.config.target_layer_ids) as taps:
+            state = self.prefill(taps)
+            reason = why_dynamic(self, state)
+            if reason is not None:
                 logger.warning_once(
                     f"cache_implementation='static' beside a TreeFlash drafter does not cover {reason}. Decoding with "
                     "a dynamic cache instead; the text is the same."
                 )
-                self.rounds()
-        if self.is_static and self.rows:
-            self.static_rounds()
-        return self.result()
+                self.rounds(state)
+        if reason is not None:
+            return self.result(state)
+        if state.rows:
+            self.static_rounds(state)
+        return self.static_result()
 
-    def static_rounds(self) -> None:
+    def static_rounds(self, state: RoundState) -> None:
         """Decode what prefill has begun."""
-        batch, cache = len(self.rows), self.prefix.cache
-        valid = self.prefix.valid
+        batch, cache, valid = len(state.rows), state.prefix.cache, state.prefix.valid
         padding = torch.zeros(batch, dtype=torch.long) if valid is None else (~valid).sum(dim=1)
-        room = torch.tensor([self.sequences.room(row) for row in self.rows])
+        room = torch.tensor([self.sequences.room(row) for row in state.rows])
         block, budget = self.drafter.config.block_size, self.generator.knobs.tree_budget
         on_cuda = cache.layers[0].keys.is_cuda
-        needed = self.prefix.length + int(room.max()) + block + max(budget, 2 * block)
+        needed = state.prefix.length + int(room.max()) + block + max(budget, 2 * block)
         capacity = round_up(max(needed, getattr(self.generation_config, "max_cache_len", None) or 0))
 
         sessions, key = sessions_of(self.drafter), session_key(self, cache)
@@ -66,18 +67,18 @@ class StaticDecoding(TreeDecoding):
                 rounds_ahead(cache.layers[0].keys),
             )
             launcher = Launcher(round, self.generation_config)
-        (context,) = self.unread
-        self.unread = []
+        (context,) = state.pending
+        state.pending = []
         with torch.cuda.device(launcher.round.device) if on_cuda else nullcontext():
-            launcher.round.start(cache, context, padding, self.anchor_ids, room)
-            self._launch_and_read(launcher)
+            launcher.round.start(cache, context, padding, state.anchor_ids, room)
+            self._launch_and_read(launcher, state.rows, state.prefix.length)
         sessions.keep(key, launcher)
 
-    def _launch_and_read(self, launcher: Launcher) -> None:
-        round, rows, prompt = launcher.round, list(self.rows), self.prefix.length
+    def _launch_and_read(self, launcher: Launcher, rows: list[int], prompt: int) -> None:
+        round, unfinished = launcher.round, set(rows)
         lengths = [prompt] * len(rows)  # as far as they are known of
         under_way: deque[Callable[[], list]] = deque()
-        while self.rows:
+        while unfinished:
             longest = max(lengths)
             if round.noise is not None:
                 round.noise.draw(longest - prompt)
@@ -86,7 +87,8 @@ class StaticDecoding(TreeDecoding):
             if len(under_way) > round.ahead:
                 for index, (*tokens, count) in enumerate(under_way.popleft()()):
                     lengths[index] += count
-                    if rows[index] in self.rows and self._take(rows[index], tokens[:count]):
+                    if rows[index] in unfinished and self._take(rows[index], tokens[:count]):
+                        unfinished.remove(rows[index])
                         round.active[index] = False
 
     def _take(self, row: int, tokens: list[int]) -> bool:
@@ -98,14 +100,10 @@ class StaticDecoding(TreeDecoding):
         self._stream(tokens[:taken])
         self.acceptance_lengths[row].append(taken)
         self.generator.update_candidate_strategy(self.input_ids, None, taken - 1)
-        if finished:
-            self.rows.remove(row)
         return finished
 
-    def result(self):
-        """Return the ids, or the dictionary the call asked for."""
-        if not self.is_static:
-            return super().result()
+    def static_result(self):
+        """Return the ids, or the dictionary the call asked for, without a cache."""
         ids = self.sequences.padded(self.generation_config._pad_token_tensor)
         if self.streamer is not None:
             self.streamer.end()

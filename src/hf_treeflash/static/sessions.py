@@ -50,7 +50,7 @@ def session_key(decoding, cache) -> tuple:
     compiling = None if config.compile_config is None else repr(config.compile_config.to_dict())
     return (
         id(decoding.target),
-        len(decoding.rows),
+        cache.layers[0].keys.shape[0],
         config.do_sample,
         decoding.generator.knobs,
         decoding.generator.temperature,

@@ -1,0 +1,250 @@
+"""The decoding loop: draft, verify, walk and commit until every text has ended."""
+
+import dataclasses
+import functools
+import time
+
+import torch
+
+from .budget import auto_budget
+from .cache import PrefixCache, recording_past
+from .candidate_generator import TreeFlashCandidateGenerator
+from .compat import CACHE
+from .context import Context, recall_context, remember_context, tapped_states
+from .logits_process import TreeLogitsProcessor
+from .lookahead import Lookahead, askable
+from .lookup import PromptLookup
+from .outputs import Recorder
+from .round_state import RoundState
+from .sequences import Sequences
+from .tree import DraftTree, root_only
+from .verify import Verdict, Verifier, walk
+
+# What a verify pass sets itself, or only the prompt needs.
+PROMPT_KWARGS = {"attention_mask", "position_ids", CACHE, "inputs_embeds", "logits_to_keep"}
+
+
+class TreeDecoding:
+    """One `generate` call: its texts, both models, and the verbs of a round.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The model whose text is kept.
+        drafter ([`PreTrainedModel`]):
+            The drafter.
+        input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs:
+            As `generate` prepares them for a decoding method.
+    """
+
+    def __init__(
+        self,
+        target,
+        drafter,
+        *,
+        input_ids: torch.Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        streamer,
+        model_kwargs: dict,
+    ):
+        batch = input_ids.shape[0]
+        self.target, self.drafter, self.streamer = target, drafter, streamer
+        self.input_ids, self.generation_config, self.model_kwargs = input_ids, generation_config, model_kwargs
+        self.sequences = Sequences(input_ids, stopping_criteria)
+        self.processor = TreeLogitsProcessor(logits_processor, batch=batch)
+        self.verifier = Verifier(target)
+        self.prunes = bool(askable(logits_processor))
+        self.recorder = Recorder(generation_config, batch)
+        self.acceptance_lengths: list[list[int]] = [[] for _ in range(batch)]
+        self.generator = TreeFlashCandidateGenerator(
+            drafter,
+            target.get_input_embeddings(),
+            target.get_output_embeddings(),
+            temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
+        )
+        self.auto = auto_budget(drafter, batch) if self.generator.knobs.is_auto else None
+        quotes = generation_config.prompt_lookup_num_tokens is not None
+        self.lookup = PromptLookup(generation_config, batch) if quotes else None
+
+    def run(self):
+        """Decode until every row is finished; return what `generate` returns."""
+        with tapped_states(self.target, self.drafter.config.target_layer_ids) as taps:
+            state = self.prefill(taps)
+            self.rounds(state)
+        return self.result(state)
+
+    def rounds(self, state: RoundState) -> None:
+        """Draft, verify, walk and commit until every row is finished."""
+        with recording_past(state.prefix.cache):
+            try:
+                while state.rows:
+                    started = time.perf_counter()
+                    tree = self.draft(state)
+                    outputs, hidden_states = self.verify(state, tree)
+                    verdicts = self.walk(state, tree, outputs)
+                    self.commit(state, verdicts, hidden_states)
+                    if self.auto is not None:
+                        self.auto.observe(tree, verdicts, time.perf_counter() - started)
+            except BaseException:
+                state.prefix.rollback()
+                state.prefix.restore_rows()
+                raise
+
+    def prefill(self, taps: list[torch.Tensor]) -> RoundState:
+        """Run the target over the prompt as plain decoding does, and choose the first token.
+
+        Args:
+            taps (`list[torch.Tensor]`):
+                Where the pass leaves the states that the drafter reads.
+        """
+        kwargs = self.model_kwargs
+        earlier = recall_context(kwargs[CACHE], self.drafter)
+        outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs)
+        self.recorder.prefill(outputs)
+        cache = outputs[CACHE]
+        outlives = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        state = RoundState.after_prompt(
+            self.input_ids, kwargs.get("attention_mask"), kwargs["position_ids"], cache, taps, keep_rows=bool(outlives)
+        )
+        if earlier is not None:
+            self.generator.prefix, pending = earlier
+            state.pending = [Context.joined([pending, *state.pending])]
+        # The prompt's last token is the root of a tree without branches.
+        self._end_round(state, self._walk(state.rows, [{} for _ in state.rows], outputs.logits[:, -1:]))
+        return state
+
+    def draft(self, state: RoundState) -> DraftTree:
+        """Draft the trees of one round on the target's device."""
+        if self.auto is not None and not self.auto.drafts():
+            return root_only(state.anchor_ids)  # its context is read with the next draft
+        tree = self.generator.draft_tree(
+            state.anchor_ids,
+            Context.joined(state.pending),
+            self.lookaheads(state.rows) if self.prunes else None,
+            None if self.lookup is None else self.lookup.find(state.rows, self.sequences),
+            None if self.auto is None else self.auto.limit,
+        )
+        state.pending = []
+        if self.auto is not None:
+            tree = tree.first(self.auto.size(tree))
+        return tree.to(state.anchor_ids.device)
+
+    def lookaheads(self, rows: list[int]) -> list[Lookahead]:
+        """Return for each row of the batch what can say which tokens may follow its text."""
+        vocab_size = self.drafter.config.vocab_size
+        return [Lookahead(self.processor.by_row[row], self.sequences.prefix(row), vocab_size) for row in rows]
+
+    def verify(self, state: RoundState, tree: DraftTree):
+        """Run the target once over the trees.
+
+        Returns:
+            `tuple`: the target's output, one row of logits per node, and its states at the nodes as the drafter reads
+            them, of shape `(rows, nodes, taps * hidden_size)`.
+        """
+        room = [self.sequences.room(row) for row in state.rows]
+        if min(room) < tree.token_ids.shape[1]:
+            # No position that the text cannot reach: some targets know only so many.
+            limit = torch.tensor(room, device=tree.depths.device)[:, None] - 1  # (rows, 1)
+            tree = dataclasses.replace(tree, depths=tree.depths.minimum(limit))
+        state.taps.clear()  # of what processors ran the target for
+        outputs = self.verifier(tree, state.prefix, state.positions, self.forward_kwargs)
+        return outputs, state.taps.pop()
+
+    @property
+    def forward_kwargs(self) -> dict:
+        """What the call passes to each of the target's forwards."""
+        return {key: value for key, value in self.model_kwargs.items() if key not in PROMPT_KWARGS}
+
+    def walk(self, state: RoundState, tree: DraftTree, outputs) -> list[Verdict]:
+        """Follow the target's own choices through each tree."""
+        verdicts = self._walk(state.rows, tree.children, outputs.logits)
+        for index, (row, verdict) in enumerate(zip(state.rows, verdicts, strict=True)):
+            self.acceptance_lengths[row].append(len(verdict.path))
+            self.recorder.path(row, index, verdict.path, outputs, state.prefix)
+            if tree.token_ids.shape[1] > 1:  # a round without a draft says nothing of the drafter
+                self.generator.update_candidate_strategy(self.input_ids, outputs.logits, len(verdict.path) - 1)
+            if self.lookup is not None:
+                self.lookup.observe(row, verdict.token_ids)
+        return verdicts
+
+    def commit(self, state: RoundState, verdicts: list[Verdict], hidden_states: torch.Tensor) -> None:
+        """Keep the accepted paths' keys and values; their states are the drafter's next context.
+
+        Args:
+            state ([`RoundState`]):
+                Of the round, which it ends.
+            verdicts (`list[Verdict]`):
+                What each row accepted.
+            hidden_states (`torch.Tensor` of shape `(rows, nodes, taps * hidden_size)`):
+                The target's states at the nodes.
+        """
+        paths = [verdict.path for verdict in verdicts]
+        state.prefix.commit(paths, tail=hidden_states.shape[1])
+        state.pending.append(Context.of_paths(hidden_states, state.text_positions, paths))
+        self._end_round(state, verdicts)
+
+    def result(self, state: RoundState):
+        """Return the ids, or the dictionary the call asked for."""
+        cache = state.prefix.cache
+        ids = self.sequences.padded(self.generation_config._pad_token_tensor)
+        steps = ids.shape[1] - self.sequences.prompt_length
+        run_last = functools.partial(self._run_last, state.first_positions)
+        state.prefix.restore_rows(state.prompt_columns + steps - 1, run_last)
+        if len(self.acceptance_lengths) == 1:
+            remember_context(cache, self.drafter, self.generator.prefix, Context.joined(state.pending))
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.generation_config.return_dict_in_generate:
+            return ids
+        return self.recorder.result(ids, steps, cache, self.acceptance_lengths)
+
+    def _walk(self, rows: list[int], children: list[dict], logits: torch.Tensor) -> list[Verdict]:
+        do_sample, choices = self.generation_config.do_sample, None
+        if not do_sample and not self.recorder.needs_scores and self.processor.prefix_independent:
+            choices = self.processor.whole_tree(logits).argmax(dim=-1).tolist()
+        verdicts = []
+        for index, row in enumerate(rows):
+
+            def choose(node: int, index=index, row=row) -> int:
+                if choices is not None:
+                    return choices[index][node]
+                raw = logits[index, node, None].to(self.input_ids.device, torch.float32, copy=True)  # (1, vocab)
+                scores = self.processor.node(row, self.sequences.prefix(row), raw)
+                self.recorder.token(row, scores, raw)
+                if not do_sample:
+                    return int(scores.argmax(dim=-1))
+                return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1))
+
+            def emit(token: int, row=row) -> bool:
+                return self.sequences.append(row, token, self.recorder.scores_of(row))
+
+            verdicts.append(walk(children[index], choose, emit))
+            self._stream(verdicts[-1].token_ids)
+        return verdicts
+
+    def _end_round(self, state: RoundState, verdicts: list[Verdict]) -> None:
+        """Set the next anchors, and take rows that are finished out of the batch: they cost nothing from here on."""
+        state.advance(verdicts)
+        kept = [index for index, verdict in enumerate(verdicts) if not verdict.finished]
+        if not kept:
+            state.rows = []
+        elif len(kept) < len(verdicts):
+            state.select(kept)
+            self.generator.prefix.select(kept)
+
+    def _run_last(self, first_positions: torch.Tensor, prefix: PrefixCache, rows: list[int]) -> None:
+        """Run the target over the last token of rows that ended before others, as plain decoding does."""
+        tokens = torch.stack([self.sequences.prefix(row)[0, -1] for row in rows])
+        new = torch.tensor([self.sequences.lengths[row] - self.sequences.prompt_length for row in rows])
+        positions = first_positions[..., rows] + new.to(first_positions.device) - 1
+        with recording_past(prefix.cache):
+            self.verifier(root_only(tokens), prefix, positions, self.forward_kwargs)
+
+    def _stream(self, token_ids: list[int]) -> None:
+        if self.streamer is not None:
+            for token in token_ids:
+                self.streamer.put(torch.tensor([token]))
+
+
+__all__ = ["PROMPT_KWARGS", "TreeDecoding"]

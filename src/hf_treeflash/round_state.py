@@ -1,0 +1,111 @@
+"""Where a call stands between two rounds: what a round reads, and what it leaves to the next."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+from .cache import PrefixCache
+from .context import Context, count_positions
+from .verify import Verdict
+
+
+@dataclass
+class RoundState:
+    """The texts being written, as both models see them.
+
+    Attributes:
+        rows (`list[int]`):
+            The call's rows that are still being written; what follows has one entry for each of them.
+        anchor_ids (`torch.LongTensor` of shape `(rows,)`):
+            Newest tokens, which the target has not read yet.
+        positions (`torch.LongTensor` of shape `(..., rows)`):
+            Their positions, with the axes of the target's position ids.
+        text_positions (`torch.LongTensor` of shape `(rows,)`):
+            The same counted in tokens, as the drafter takes them.
+        prefix ([`PrefixCache`]):
+            The target's cache of all that stands before the anchors.
+        pending (`list[Context]`):
+            Target states the drafter has not read yet, oldest first.
+        taps (`list[torch.Tensor]`):
+            Where the target's passes leave the states that the drafter reads, see [`tapped_states`].
+        prompt_columns (`int`), first_positions (`torch.LongTensor` of shape `(..., batch)`):
+            Columns of the prompt, and where each row of the call went on behind it; neither changes.
+    """
+
+    rows: list[int]
+    anchor_ids: torch.Tensor
+    positions: torch.Tensor
+    text_positions: torch.Tensor
+    prefix: PrefixCache
+    pending: list[Context]
+    taps: list[torch.Tensor]
+    prompt_columns: int
+    first_positions: torch.Tensor
+
+    @classmethod
+    def after_prompt(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache,
+        taps: list[torch.Tensor],
+        keep_rows: bool,
+    ) -> "RoundState":
+        """Return the state once the target has read the prompts, whose last tokens are the anchors.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`), attention_mask (of the same shape, *optional*):
+                The prompts; without tokens if they were given as embeddings.
+            position_ids (`torch.LongTensor` of shape `(..., batch or 1, length)`):
+                As the target takes them.
+            cache ([`Cache`]):
+                The target's, after the prompts.
+            taps (`list[torch.Tensor]`):
+                What the target's passes over the prompts left.
+            keep_rows (`bool`):
+                Whether the cache outlives the call, with all its rows.
+        """
+        batch = input_ids.shape[0]
+        valid = None if attention_mask is None else attention_mask.bool()
+        prefix = PrefixCache(cache, valid, keep_rows)
+        text_ids = position_ids
+        if position_ids.ndim > 2:  # models with several position axes still have the drafter count tokens
+            text_ids = count_positions(attention_mask, prefix.length, position_ids)
+        states = torch.cat(taps, dim=1)  # (batch, length, taps * hidden_size); long prompts are read in chunks
+        taps.clear()
+        length = states.shape[1]
+        read = text_ids[:, -length:].expand(batch, -1)
+        context = Context(states, read, [length] * batch, None if valid is None else valid[:, -length:])
+        positions = position_ids[..., -1].expand(*position_ids.shape[:-2], batch)  # (..., batch)
+        return cls(
+            rows=list(range(batch)),
+            anchor_ids=input_ids[:, -1] if input_ids.shape[1] else input_ids.new_zeros(batch),
+            positions=positions,
+            text_positions=read[:, -1],
+            prefix=prefix,
+            pending=[context],
+            taps=taps,
+            prompt_columns=prefix.length,
+            first_positions=positions + 1,
+        )
+
+    def advance(self, verdicts: list[Verdict]) -> None:
+        """Make each row's newest token its anchor."""
+        newest = [verdict.token_ids[-1] for verdict in verdicts]
+        accepted = torch.tensor([len(verdict.path) for verdict in verdicts], device=self.positions.device)
+        self.anchor_ids = torch.tensor(newest, dtype=torch.long, device=self.anchor_ids.device)
+        self.positions = self.positions + accepted
+        self.text_positions = self.text_positions + accepted.to(self.text_positions.device)
+
+    def select(self, kept: list[int]) -> None:
+        """Keep only some rows."""
+        self.rows = [self.rows[index] for index in kept]
+        self.anchor_ids, self.text_positions = self.anchor_ids[kept], self.text_positions[kept]
+        self.positions = self.positions[..., kept]
+        self.prefix.select(kept)
+        self.pending = [context.select(kept) for context in self.pending]
+
+
+__all__ = ["RoundState"]
