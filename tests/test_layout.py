@@ -22,8 +22,8 @@ REACH = {
     "": set(),
     "kernels": set(),
     "static": {"", "kernels"},
-    "training": {""},
     "bench": {""},
+    "training": {"", "bench"},
     "hub": {"", "bench"},
 }
 

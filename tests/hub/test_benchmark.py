@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
 
 from hf_treeflash.bench.compare import (
     RoundRecorder,
@@ -14,7 +16,7 @@ from hf_treeflash.bench.compare import (
     text_table,
     tree_arm,
 )
-from hf_treeflash.bench.pairs import describe_pair, encode_prompt, with_knobs, without_head
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, revision_of, with_knobs, without_head
 from tests.hub.pair_on_disk import CHAT_TEMPLATE, letter_tokenizer
 from tests.tiny import prompt, tiny_drafter, tiny_target
 
@@ -102,3 +104,17 @@ def test_description_names_template_and_thinking_mode(pair):
     assert len(record["chat_template_sha256"]) == 64 and record["enable_thinking"] is True
     assert torch.equal(encode_prompt(plain, "abc"), torch.tensor([[4, 5, 6]]))
     assert encode_prompt(chat, "abc", enable_thinking=True).shape == (1, 4)
+
+
+def test_a_commit_is_known_from_the_local_cache_if_there_is_but_one(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    target, _ = pair
+    assert revision_of(target) is None
+    repository = tmp_path / "models--acme--target"
+    target.save_pretrained(repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    loaded = AutoModelForCausalLM.from_pretrained("acme/target", cache_dir=tmp_path)
+    assert revision_of(loaded) == "a" * 40
+    (repository / "snapshots" / ("b" * 40)).mkdir()
+    assert revision_of(loaded) is None

@@ -3,9 +3,11 @@
 import copy
 import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..modeling_treeflash import TreeFlashDraftModel
@@ -64,12 +66,12 @@ def describe_pair(target, tokenizer, drafter, enable_thinking: bool = False) -> 
     return {
         "target": {
             "id": _identifier(target),
-            "revision": getattr(target.config, "_commit_hash", None),
+            "revision": revision_of(target),
             "dtype": str(target.dtype).removeprefix("torch."),
         },
         "drafter": {
             "id": _identifier(drafter),
-            "revision": getattr(drafter.config, "_commit_hash", None),
+            "revision": revision_of(drafter),
             "parameters": drafter.num_parameters(),
         },
         "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
@@ -81,6 +83,16 @@ def _identifier(model) -> str:
     """Return where a model came from: its Hub id, or its folder's name."""
     name = model.config.name_or_path
     return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+
+
+def revision_of(model) -> str | None:
+    """Return the commit a model was read from; None for a folder, and where the local cache holds several of them.
+
+    Models do not tell: transformers kept the commit in the config once, and does no longer.
+    """
+    folder = "--".join(["models", *model.config.name_or_path.split("/")])
+    commits = [path.name for path in Path(constants.HF_HUB_CACHE, folder, "snapshots").glob("*")]
+    return commits[0] if len(commits) == 1 else None
 
 
 def with_knobs(drafter, **knobs):

@@ -103,7 +103,7 @@ def merged(drafter):
     """Return a drafter without adapters: a PEFT model's are merged into a copy."""
     if hasattr(drafter, "merge_and_unload"):
         return copy.deepcopy(drafter).merge_and_unload()
-    if getattr(drafter, "_hf_peft_config_loaded", False):
+    if drafter._hf_peft_config_loaded:
         raise ValueError(
             "This drafter has adapters attached. Load them with `PeftModel.from_pretrained(drafter, adapter_folder)` "
             "and export that: its adapters are merged."

@@ -10,6 +10,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from ..bench.pairs import revision_of
 from .data import Prompt
 
 
@@ -18,7 +19,7 @@ def provenance(target, tokenizer, generate_kwargs: dict, **extra) -> dict:
     template = tokenizer.chat_template
     return {
         "target": target.config._name_or_path,
-        "target_revision": getattr(target.config, "_commit_hash", None),
+        "target_revision": revision_of(target),
         "chat_template_sha256": template and hashlib.sha256(str(template).encode()).hexdigest(),
         "generate": generate_kwargs,
         "transformers": transformers.__version__,

@@ -43,8 +43,6 @@ class TreeFlashTrainer(Trainer):
     Source: stages and losses of arXiv 2606.03819; block training of DFlash (arXiv 2602.06036).
     """
 
-    # The loss is the mean of a micro-batch; without this, a forward that takes `**kwargs` passes for scaled already.
-    loss_is_scaled_for_ga = False
     args: TreeFlashTrainingArguments
     data_collator: Any
     optimizer: Any
@@ -59,6 +57,8 @@ class TreeFlashTrainer(Trainer):
         pad_token_id = target.config.get_text_config(decoder=True).pad_token_id or 0
         collator = AnchorCollator(pad_token_id, args.num_anchors, args.max_length, seed=args.seed)
         super().__init__(model, args, data_collator=collator, callbacks=[AnchorEpoch(collator), *callbacks], **kwargs)
+        # The loss is the mean of a micro-batch; a forward that takes `**kwargs` would pass for scaled already.
+        self.model_accepts_loss_kwargs = False
         self.target = target.requires_grad_(False).eval()
         if args.shard_target:
             shard_layers(self.target, self.accelerator.device)
