@@ -81,11 +81,6 @@ def compact(width: int) -> dict:
     return simple("compact", "_compact_kernel", types, PATH_BLOCK=width, DIM_BLOCK=dim_block)
 
 
-def match() -> dict:
-    types = dict.fromkeys(("TOKEN_IDS", "SHORTLIST", "NEXT_ROW"), "*i64")
-    return simple("head_select", "_match_kernel", types, BLOCK=64, LENGTH_BLOCK=16)
-
-
 def configurations(capability: int) -> dict[str, dict]:
     """The shapes of Qwen3-4B and 8B (head_dim 128, groups of 4, 151936 tokens) and others the launch options know."""
     return {
@@ -100,7 +95,6 @@ def configurations(capability: int) -> dict[str, dict]:
         "tile maxima": select("_tile_maxima_kernel", 16, 151936),
         "select k16": select("_select_kernel", 16, 151936),
         "select k64": select("_select_kernel", 64, 151936),
-        "match": match(),
         "build 64": build(64),
         "build 256": build(256),
         "accept 64": accept(64),
