@@ -123,7 +123,7 @@ def attention(sizes: Sizes, device: torch.device, context: int, nodes: int) -> C
 
     ways = {"oracle": Way(lambda: kernels.tree_attention_reference(*inputs, 1))}
     for splits in SPLITS:
-        chosen = ", the default" if splits == kernels.default_num_splits(slots) else ""
+        chosen = ", the default" if splits == kernels.default_num_splits(query, key) else ""
         run = functools.partial(kernels.tree_attention, *inputs, splits)
         ways[f"kernel, {splits} splits{chosen}"] = Way(run)
     ways["repeat_kv + SDPA"] = Way(repeated)  # what transformers does when there is a mask

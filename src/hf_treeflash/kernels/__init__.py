@@ -10,7 +10,7 @@ from .ancestor_words import dense_tree_mask, pack_ancestor_words, unpack_ancesto
 from .build_tree import Tree, build_tree, build_tree_reference
 from .compact import compact, compact_reference, pointer_table
 from .head_select import head_select, head_select_reference
-from .tree_attention import default_num_splits, tree_attention, tree_attention_reference
+from .tree_attention import default_num_splits, is_tileable, tree_attention, tree_attention_reference
 
 __all__ = [
     "Tree",
@@ -24,6 +24,7 @@ __all__ = [
     "dense_tree_mask",
     "head_select",
     "head_select_reference",
+    "is_tileable",
     "pack_ancestor_words",
     "pointer_table",
     "tree_attention",
