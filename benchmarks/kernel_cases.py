@@ -64,7 +64,6 @@ def all_cases(sizes: Sizes, device: torch.device, names: list[str] | None) -> It
     makers: list[tuple[str, Callable[..., Case], list[tuple]]] = [
         ("K1 tree attention", attention, [(context, nodes) for context in sizes.contexts for nodes in sizes.budgets]),
         ("K2 head selection", selection, [()]),
-        ("K2 shortlist match", matching, [()]),
         ("K3 tree build", building, [(nodes,) for nodes in sizes.budgets]),
         ("K4 accept", accepting, [(nodes,) for nodes in sizes.budgets]),
         ("K5 compaction", compacting, [(context, sizes.budgets[-1]) for context in sizes.contexts]),
@@ -124,7 +123,7 @@ def attention(sizes: Sizes, device: torch.device, context: int, nodes: int) -> C
 
     ways = {"oracle": Way(lambda: kernels.tree_attention_reference(*inputs, 1))}
     for splits in SPLITS:
-        chosen = ", the default" if splits == kernels.default_num_splits(slots) else ""
+        chosen = ", the default" if splits == kernels.default_num_splits(query, key) else ""
         run = functools.partial(kernels.tree_attention, *inputs, splits)
         ways[f"kernel, {splits} splits{chosen}"] = Way(run)
     ways["repeat_kv + SDPA"] = Way(repeated)  # what transformers does when there is a mask
@@ -154,26 +153,6 @@ def selection(sizes: Sizes, device: torch.device) -> Case:
         "topk + logsumexp": Way(topk_first),
     }
     return Case("", {"rows": sizes.rows, "vocabulary": sizes.vocab, "k": k}, ways)
-
-
-def matching(sizes: Sizes, device: torch.device) -> Case:
-    lists = sizes.depth - 1
-    shortlist = torch.rand(lists, 4 * sizes.candidates, device=device).topk(sizes.candidates).indices
-    token_ids = torch.randint(0, 4 * sizes.candidates, (lists, sizes.candidates, sizes.branching), device=device)
-
-    def search() -> torch.Tensor:
-        ordered, order = shortlist.sort(dim=-1)
-        wanted = token_ids.flatten(1)
-        place = torch.searchsorted(ordered, wanted).clamp_(max=sizes.candidates - 1)
-        found = ordered.gather(-1, place) == wanted
-        return torch.where(found, order.gather(-1, place), -1).view_as(token_ids)
-
-    ways = {
-        "oracle": Way(lambda: kernels.match_shortlist_reference(token_ids, shortlist)),
-        "kernel": Way(lambda: kernels.match_shortlist(token_ids, shortlist)),
-        "sort + searchsorted": Way(search),
-    }
-    return Case("", {"lists": lists, "candidates": sizes.candidates, "k": sizes.branching}, ways)
 
 
 def building(sizes: Sizes, device: torch.device, nodes: int) -> Case:

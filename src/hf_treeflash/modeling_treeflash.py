@@ -341,6 +341,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         temperature: float = 1.0,
         draft_vocab: int | None = None,
         on_demand: int | None = None,
+        **kwargs,
     ) -> Transitions | HeadRows:
         """Draft one block: the most likely next tokens after every candidate, at every depth, in one pass.
 
@@ -363,6 +364,8 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             on_demand (`int`, *optional*):
                 Compute only about this many rows of the head now and the others when they are asked for; pays where
                 the tree is built on the host beside the drafter.
+            kwargs:
+                What the drafter's attention takes besides.
 
         Returns:
             [`Transitions`] with `block_size - 1` depths, or [`HeadRows`] on demand (with a head only).
@@ -371,7 +374,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         """
         masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))
-        hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache)
+        hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs)
         hidden = hidden[:, 1:]
         normed = self.norm(hidden)
         if self.ar_head is None:

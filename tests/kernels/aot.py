@@ -39,7 +39,8 @@ def attention(dtype: str, dim: int, group: int, splits: int, nodes: int, capabil
 def merge(splits: int, group: int, dim: int) -> dict:
     module = importlib.import_module("kernels.tree_attention")
     types = {"PARTIAL": "*fp32", "LSE": "*fp32", "OUT": "*bf16"}
-    constants = {"GROUP": group, "DIM": dim, "SPLITS": splits, "BLOCK_M": module.MERGE_ROWS}
+    splits_block, block_m = module.merge_tile(splits, dim)
+    constants = {"GROUP": group, "DIM": dim, "SPLITS_BLOCK": splits_block, "BLOCK_M": block_m}
     return {"kernel": module._merge_kernel, "types": types, "constants": constants}
 
 
@@ -81,11 +82,6 @@ def compact(width: int) -> dict:
     return simple("compact", "_compact_kernel", types, PATH_BLOCK=width, DIM_BLOCK=dim_block)
 
 
-def match() -> dict:
-    types = dict.fromkeys(("TOKEN_IDS", "SHORTLIST", "NEXT_ROW"), "*i64")
-    return simple("head_select", "_match_kernel", types, BLOCK=64, LENGTH_BLOCK=16)
-
-
 def configurations(capability: int) -> dict[str, dict]:
     """The shapes of Qwen3-4B and 8B (head_dim 128, groups of 4, 151936 tokens) and others the launch options know."""
     return {
@@ -97,10 +93,10 @@ def configurations(capability: int) -> dict[str, dict]:
         "attention bf16 d256 g2 split 4": attention("bf16", 256, 2, 4, 64, capability),
         "attention fp32 d128 g4 split 4": attention("fp32", 128, 4, 4, 64, capability),
         "merge d128 split 8": merge(8, 4, 128),
+        "merge d256 split 32": merge(32, 4, 256),
         "tile maxima": select("_tile_maxima_kernel", 16, 151936),
         "select k16": select("_select_kernel", 16, 151936),
         "select k64": select("_select_kernel", 64, 151936),
-        "match": match(),
         "build 64": build(64),
         "build 256": build(256),
         "accept 64": accept(64),

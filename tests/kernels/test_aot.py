@@ -14,12 +14,11 @@ import pytest
 # Registers per thread and bytes of shared memory per program. K1's main tile must leave room for two programs per
 # multiprocessor (65536 registers, 227 KB on Hopper, 163 KB on Ampere).
 CEILINGS = {
-    "attention bf16 d128 g4 split": (250, 96 * 1024),
+    "attention bf16 d128 g4 split": (255, 96 * 1024),
     "attention": (210, 104 * 1024),
     "merge": (64, 1024),
     "tile maxima": (64, 1024),
     "select": (80, 1024),
-    "match": (64, 1024),
     "build 64": (80, 1024),
     "build 256": (160, 1024),
     "accept": (64, 2048),
@@ -56,7 +55,7 @@ def reports(tmp_path_factory) -> dict[int, dict[str, dict]]:
 
 @pytest.mark.parametrize("capability", [90, 80])
 def test_no_spills_and_within_ceilings(reports, capability):
-    assert len(reports[capability]) >= 18
+    assert len(reports[capability]) >= 17
     for name, report in reports[capability].items():
         registers, shared = next(limits for prefix, limits in CEILINGS.items() if name.startswith(prefix))
         assert report["stack"] == 0, (name, report)

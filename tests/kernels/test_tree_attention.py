@@ -28,6 +28,7 @@ CASES = {
     "two words": (100, 2, 1, 16, [66], [1], 2, 0),
     "two full words": (128, 4, 2, 16, [40], [0], 1, 0),
     "diverging rows, static cache": (33, 4, 2, 16, [20, 70], [4, 0], 4, 37),
+    "many splits": (33, 2, 1, 16, [700, 300], [0, 5], 32, 3),
     "group of three": (16, 6, 2, 16, [33], [0], 1, 0),
 }  # fmt: skip
 
@@ -134,4 +135,13 @@ def test_tiles():
     config = kernel_module("tree_attention").tree_attention_config
     assert config(torch.bfloat16, 128, 256, (9, 0))["BLOCK_M"] == 64
     assert config(torch.bfloat16, 128, 4, (9, 0))["BLOCK_M"] == 16
-    assert [default_num_splits(length) for length in (512, 1024, 4096, 4097)] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("batch", "nodes", "slots", "splits"),
+    [(1, 64, 2304, 8), (1, 64, 33000, 8), (1, 64, 300, 2), (1, 64, 100, 1), (1, 16, 2304, 16), (1, 16, 33000, 32),
+     (1, 1, 33000, 32), (8, 64, 33000, 1), (4, 16, 33000, 8)],
+)  # fmt: skip
+def test_splits_fill_the_device_and_have_enough_to_do(batch, nodes, slots, splits):
+    query, key = torch.empty(batch, 32, nodes, 128, dtype=torch.bfloat16), torch.empty(batch, 8, slots, 128)
+    assert default_num_splits(query, key) == splits

@@ -83,25 +83,41 @@ def test_no_two_states_of_a_pass_go_to_one_slot(target):
     assert (context.amax(dim=1) > block.amax(dim=1)).any()  # there was filler, or the test shows nothing
 
 
+@pytest.mark.parametrize("windows", [False, True], ids=["full", "windows"])
+def test_the_drafters_attention_by_kernel_is_that_by_masks(target, monkeypatch, windows):
+    """Which drafts are accepted tells what the drafter saw; windows reach to both sides, which stays with masks."""
+    config = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]} if windows else {}
+    by_masks, by_kernel = drafter_of(head_dim=16, **config), drafter_of(head_dim=16, **config)
+    expected = generate(target, by_masks, padded(3), max_new_tokens=60)
+    monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
+    output = generate(target, by_kernel, padded(3), max_new_tokens=60)
+    assert the_session(by_kernel).round.block_attention.by_kernel == (not windows)
+    assert output.acceptance_lengths == expected.acceptance_lengths
+    assert torch.equal(output.sequences, expected.sequences)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_sliding"])
 def test_tree_attention_in_place_of_masks(family, monkeypatch):
     """What runs on CUDA, by the kernel's oracle."""
     monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
-    target, drafter = tiny_target(family), drafter_of()
+    target, drafter = tiny_target(family, head_dim=16), drafter_of(head_dim=16)
     static = generate(target, drafter, padded(3))
-    assert the_session(drafter).round.attention.by_kernel
+    launcher = the_session(drafter)
+    assert launcher.round.attention.by_kernel and launcher.round.block_attention.by_kernel
+    assert launcher.seen == {256 if family == "qwen3_sliding" else launcher.round.capacity}
+    assert static.block_efficiency > 1.05  # the block saw its context, or hardly a draft would be accepted
     assert torch.equal(static.sequences, plainly(target, padded(3)))
     assert target.config._attn_implementation == "sdpa"
 
 
-def test_a_layer_that_tree_attention_does_not_know_takes_masks(target, monkeypatch, warnings):
+def test_a_layer_that_tree_attention_does_not_know_takes_masks(monkeypatch, warnings):
     monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
 
     def refuse(*args):
         raise NotImplementedError("not this one")
 
     monkeypatch.setattr("hf_treeflash.kernels.attention_interface._refuse_unknown", refuse)
-    drafter = drafter_of()
+    target, drafter = tiny_target(head_dim=16), drafter_of()
     assert torch.equal(generate(target, drafter).sequences, plainly(target))
     assert not the_session(drafter).round.attention.by_kernel
     (told,) = warnings
@@ -165,7 +181,8 @@ def test_recording_in_the_middle_of_a_text_changes_nothing(target, monkeypatch):
             self.recorded()
 
     @contextmanager
-    def graph(graph, pool=None):
+    def graph(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # other threads may use the device meanwhile
         run = round.run
         round.run = lambda span: setattr(graph, "recorded", lambda: run(span))
         yield
@@ -195,7 +212,9 @@ def test_the_next_call_finds_what_the_last_one_made(target):
         assert the_session(drafter) is first
     longer = {"max_new_tokens": 300}
     assert torch.equal(generate(target, drafter, **longer).sequences, plainly(target, **longer))
-    assert the_session(drafter) is not first and the_session(drafter).seen == {256, 512}
+    assert the_session(drafter) is first and first.seen == {256, 512}
+    assert torch.equal(generate(target, drafter, max_cache_len=3000).sequences, plainly(target))
+    assert the_session(drafter) is not first and the_session(drafter).round.capacity == 3072
     for settings in ({"do_sample": True}, {"do_sample": True, "top_k": 3}):
         generate(target, drafter, **settings)
     assert len(vars(drafter)["_treeflash_sessions"]) == 2

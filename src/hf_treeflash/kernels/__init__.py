@@ -9,8 +9,8 @@ from .accept import accept, accept_reference
 from .ancestor_words import dense_tree_mask, pack_ancestor_words, unpack_ancestor_words
 from .build_tree import Tree, build_tree, build_tree_reference
 from .compact import compact, compact_reference, pointer_table
-from .head_select import head_select, head_select_reference, match_shortlist, match_shortlist_reference
-from .tree_attention import default_num_splits, tree_attention, tree_attention_reference
+from .head_select import head_select, head_select_reference
+from .tree_attention import default_num_splits, is_tileable, tree_attention, tree_attention_reference
 
 __all__ = [
     "Tree",
@@ -24,8 +24,7 @@ __all__ = [
     "dense_tree_mask",
     "head_select",
     "head_select_reference",
-    "match_shortlist",
-    "match_shortlist_reference",
+    "is_tileable",
     "pack_ancestor_words",
     "pointer_table",
     "tree_attention",

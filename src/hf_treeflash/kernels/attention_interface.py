@@ -45,14 +45,14 @@ def tree_attention_op(
     prefix_length: torch.Tensor,
     kv_start: torch.Tensor,
     scaling: float,
-    num_splits: int,
 ) -> torch.Tensor:
     """[`tree_attention`] as an operator that `torch.compile` does not look into."""
-    return tree_attention(query, key, value, ancestor_words, prefix_length, kv_start, scaling, num_splits)
+    splits = default_num_splits(query, key)
+    return tree_attention(query, key, value, ancestor_words, prefix_length, kv_start, scaling, splits)
 
 
 @tree_attention_op.register_fake
-def _(query, key, value, ancestor_words, prefix_length, kv_start, scaling, num_splits):
+def _(query, key, value, ancestor_words, prefix_length, kv_start, scaling):
     batch, heads, nodes, head_dim = query.shape
     return query.new_empty(batch, nodes, heads, head_dim)
 
@@ -119,7 +119,6 @@ def tree_attention_forward(
     scaling: float | None = None,
     tree_prefix: torch.Tensor | None = None,
     tree_start: torch.Tensor | None = None,
-    tree_splits: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -145,9 +144,6 @@ def tree_attention_forward(
             Slot of node 0. Its presence makes this a tree call.
         tree_start (`torch.LongTensor` of shape `(batch,)`, *optional*):
             First valid slot (left padding), 0 if not given.
-        tree_splits (`int`, *optional*):
-            Prefix splits of the kernel. Chosen by the number of slots if not given; a graph over a static cache gives
-            it per context length.
 
     Returns:
         `tuple` of the output `(batch, nodes, heads, head_dim)` and None.
@@ -180,8 +176,7 @@ def tree_attention_forward(
     window = _sliding_window(module, kwargs)
     plain = window is None and softcap is None and sinks is None
     if plain and key.shape == value.shape and query.shape[-1] == key.shape[-1]:
-        splits = default_num_splits(key.shape[2]) if tree_splits is None else tree_splits
-        return tree_attention_op(query, key, value, words, tree_prefix, tree_start, scaling, splits), None
+        return tree_attention_op(query, key, value, words, tree_prefix, tree_start, scaling), None
     mask = dense_tree_mask(words, tree_prefix, tree_start, key.shape[2], sliding_window=window)
     if softcap is not None or sinks is not None:
         return _softmax_attention(module, query, key, value, mask, scaling, softcap, sinks), None

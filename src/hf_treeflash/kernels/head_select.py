@@ -22,7 +22,6 @@ TILE = 128
 CHUNK = 4096
 # Larger selections keep too many candidates per row in registers; they take the torch path.
 MAX_KERNEL_K = 64
-MATCH_BLOCK = 64
 
 
 @LazyKernel
@@ -98,31 +97,20 @@ def _select_kernel(
     tl.store(LOG_PROBS + row * TOP_K + lane, log_prob, mask=lane < TOP_K)
 
 
-@LazyKernel
-def _match_kernel(
-    TOKEN_IDS, SHORTLIST, NEXT_ROW, total, rows_per_list, length,
-    BLOCK: tl.constexpr, LENGTH_BLOCK: tl.constexpr,
-):  # fmt: skip
-    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.arange(0, LENGTH_BLOCK)
-    token = tl.load(TOKEN_IDS + item, mask=item < total, other=-1)
-    entry_ptr = SHORTLIST + (item // rows_per_list)[:, None] * length + place[None, :]
-    valid = (item < total)[:, None] & (place < length)[None, :]
-    entry = tl.load(entry_ptr, mask=valid, other=-1)
-    found = tl.min(tl.where(valid & (entry == token[:, None]), place[None, :], LENGTH_BLOCK), 1)
-    tl.store(NEXT_ROW + item, tl.where(found < LENGTH_BLOCK, found, -1).to(tl.int64), mask=item < total)
-
-
 def head_select_reference(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain torch oracle of [`head_select`]."""
+    """Plain torch oracle of [`head_select`], and what runs where the kernel does not."""
     logits = logits.float()
-    logits = logits.masked_fill(logits.isnan(), float("-inf"))
+    logits = logits.masked_fill(logits.isnan(), float("-inf")) + 0.0  # minus zero counts as zero
     log_total = (logits / temperature).logsumexp(-1, keepdim=True)
-    # `topk` leaves the order of ties open; a stable sort keeps the smaller token id first.
-    values, token_ids = logits.sort(dim=-1, descending=True, stable=True)
-    values, token_ids = values[..., :k], token_ids[..., :k]
+    # `topk` leaves the order of ties open. In these keys, as in the kernel's, there are none: order-preserving bits of
+    # the value above, inverted token id below.
+    bits = logits.view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys = (ordered << 32) | (0x7FFFFFFF - torch.arange(logits.shape[-1], device=logits.device))
+    token_ids = 0x7FFFFFFF - (keys.topk(k, dim=-1).values & 0x7FFFFFFF)
+    values = logits.gather(-1, token_ids)
     log_probs = (values / temperature - log_total).masked_fill(values == float("-inf"), float("-inf"))
-    return token_ids.contiguous(), log_probs.contiguous()
+    return token_ids, log_probs
 
 
 def head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,14 +138,14 @@ def head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch
         raise ValueError(f"k must be between 1 and the vocabulary size {vocab}, got {k}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if k > MAX_KERNEL_K or not use_triton(logits):
-        return head_select_reference(logits, k, temperature)
     return head_select_op(logits, k, temperature)
 
 
 @torch.library.custom_op("hf_treeflash::head_select", mutates_args=())
 def head_select_op(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The launches of [`head_select`] as an operator that `torch.compile` does not look into."""
+    """[`head_select`] as an operator that `torch.compile` does not look into."""
+    if k > MAX_KERNEL_K or not use_triton(logits):
+        return head_select_reference(logits, k, temperature)
     vocab = logits.shape[-1]
     flat = logits.reshape(-1, vocab)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
@@ -189,40 +177,3 @@ def _(logits, k, temperature):
 def select_warps(k: int) -> int:
     """Returns the number of warps of the selection: its candidates, 128 per selected token, live in registers."""
     return 4 if k <= 16 else 8 if k <= 32 else 16
-
-
-def match_shortlist_reference(token_ids: torch.Tensor, shortlist: torch.Tensor) -> torch.Tensor:
-    """Plain torch oracle of [`match_shortlist`]."""
-    equal = token_ids.unsqueeze(-1) == shortlist[..., None, None, :]
-    return torch.where(equal.any(-1), equal.int().argmax(-1), -1)
-
-
-def match_shortlist(token_ids: torch.Tensor, shortlist: torch.Tensor) -> torch.Tensor:
-    """
-    Finds where selected tokens stand in the shortlist of the next slot, which is the row their children are read from.
-
-    Args:
-        token_ids (`torch.LongTensor` of shape `(..., rows, k)`):
-            Selected tokens.
-        shortlist (`torch.LongTensor` of shape `(..., m)`):
-            Distinct tokens; same leading dimensions.
-
-    Returns:
-        `torch.LongTensor` of the shape of `token_ids`: index in the shortlist, or -1 where the token is not in it.
-
-    Raises:
-        ValueError: if the leading dimensions differ.
-    """
-    if token_ids.shape[:-2] != shortlist.shape[:-1]:
-        raise ValueError(f"token_ids {tuple(token_ids.shape)} and shortlist {tuple(shortlist.shape)} do not fit")
-    if not use_triton(token_ids):
-        return match_shortlist_reference(token_ids, shortlist)
-    token_ids, shortlist = token_ids.contiguous(), shortlist.contiguous()
-    next_row = torch.empty_like(token_ids)
-    total, length = token_ids.numel(), shortlist.shape[-1]
-    if total:
-        _match_kernel[(-(-total // MATCH_BLOCK),)](
-            token_ids, shortlist, next_row, total, token_ids.shape[-2] * token_ids.shape[-1], length,
-            BLOCK=MATCH_BLOCK, LENGTH_BLOCK=next_power_of_2(length), num_warps=4,
-        )  # fmt: skip
-    return next_row

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-MERGE_ROWS = 16
+# Two programs for each multiprocessor of an H100.
+PROGRAMS = 264
+MIN_SPLIT_SLOTS, MAX_SPLITS = 128, 32
+# Partial results that a program of the merge holds.
+MERGE_ELEMENTS = 8192
 
 
 @LazyKernel
@@ -118,31 +122,25 @@ def _tree_attention_kernel(
 
 @LazyKernel
 def _merge_kernel(
-    PARTIAL, LSE, OUT, nodes, kv_heads,
-    GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    PARTIAL, LSE, OUT, nodes, kv_heads, splits,
+    GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     batch_head = tl.program_id(0).to(tl.int64)
     batch = batch_head // kv_heads
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.arange(0, SPLITS_BLOCK)
     node = rows // GROUP
     in_rows = node < nodes
     dim = tl.arange(0, DIM)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
-    for split in range(SPLITS):
-        base = (batch_head * SPLITS + split) * (nodes * GROUP)
-        lse = tl.load(LSE + base + rows, mask=in_rows, other=float("-inf"))
-        partial_ptr = PARTIAL + base * DIM + rows[:, None] * DIM + dim[None, :]
-        partial = tl.load(partial_ptr, mask=in_rows[:, None], other=0.0)
-        new_top = tl.maximum(top, lse)
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        decay = tl.exp2(top - safe_top)
-        weight = tl.exp2(lse - safe_top)
-        acc = acc * decay[:, None] + partial * weight[:, None]
-        total = total * decay + weight
-        top = new_top
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    # All splits at once: their loads do not wait for each other.
+    place = (batch_head * splits + split)[None, :] * (nodes * GROUP) + rows[:, None]
+    valid = in_rows[:, None] & (split < splits)[None, :]
+    lse = tl.load(LSE + place, mask=valid, other=float("-inf"))
+    top = tl.max(lse, 1)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    partial = tl.load(PARTIAL + place[:, :, None] * DIM + dim[None, None, :], mask=valid[:, :, None], other=0.0)
+    total = tl.sum(weight, 1)
+    out = tl.sum(partial * weight[:, :, None], 1) / tl.where(total == 0.0, 1.0, total)[:, None]
     out_base = OUT + (batch * nodes * kv_heads + batch_head % kv_heads) * GROUP * DIM
     out_row = node * (kv_heads * GROUP) + rows % GROUP
     tl.store(out_base + out_row[:, None] * DIM + dim[None, :], out.to(OUT.dtype.element_ty), mask=in_rows[:, None])
@@ -182,9 +180,38 @@ def tree_attention_config(
     }
 
 
-def default_num_splits(kv_length: int) -> int:
-    """Returns the number of prefix splits for a key/value length in slots: enough programs without much merging."""
-    return 1 if kv_length <= 512 else 2 if kv_length <= 1024 else 4 if kv_length <= 4096 else 8
+def merge_tile(num_splits: int, head_dim: int) -> tuple[int, int]:
+    """Returns how many splits and how many rows a program of the merge takes."""
+    splits_block = next_power_of_2(num_splits)
+    return splits_block, max(MERGE_ELEMENTS // (splits_block * head_dim), 1)
+
+
+def is_tileable(head_dim: int) -> bool:
+    """Returns whether the kernel knows a head size; for others its oracle answers."""
+    return next_power_of_2(head_dim) == head_dim and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM
+
+
+def _config_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, int]:
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
+    packed_rows = query.shape[2] * (query.shape[1] // key.shape[1])
+    return tree_attention_config(query.dtype, query.shape[3], packed_rows, capability)
+
+
+def default_num_splits(query: torch.Tensor, key: torch.Tensor) -> int:
+    """
+    Returns into how many parts to cut the prefix: programs for every multiprocessor, none with too little to do.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, nodes, head_dim)`):
+            Queries.
+        key (`torch.Tensor` of shape `(batch, kv_heads, slots, head_dim)`):
+            Keys. The number of slots bounds the prefix, whose length the device alone knows.
+    """
+    batch, kv_heads, slots, _ = key.shape
+    packed_rows = query.shape[2] * (query.shape[1] // kv_heads)
+    tiles = -(-packed_rows // _config_of(query, key)["BLOCK_M"])
+    wanted = min(PROGRAMS // (batch * kv_heads * tiles), slots // MIN_SPLIT_SLOTS, MAX_SPLITS)
+    return 1 << (max(wanted, 1).bit_length() - 1)  # few values: each is compiled
 
 
 def tree_attention_reference(
@@ -268,8 +295,7 @@ def tree_attention(
     """
     _check(query, key, value, ancestor_words, num_splits)
     batch, heads, nodes, head_dim = query.shape
-    tileable = next_power_of_2(head_dim) == head_dim and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM
-    if not (use_triton(query) and tileable):
+    if not (use_triton(query) and is_tileable(head_dim)):
         return tree_attention_reference(
             query, key, value, ancestor_words, prefix_length, kv_start, scaling, num_splits
         )
@@ -277,8 +303,7 @@ def tree_attention(
     words = ancestor_words if ancestor_words.stride(-1) == 1 else ancestor_words.contiguous()
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
-    config = tree_attention_config(query.dtype, head_dim, nodes * group, capability)
+    config = _config_of(query, key)
     output = query.new_empty(batch, nodes, heads, head_dim)
     partial = lse = output
     if num_splits > 1:
@@ -290,8 +315,9 @@ def tree_attention(
         nodes, kv_heads, GROUP=group, DIM=head_dim, SPLITS=num_splits, UPCAST=not query.is_cuda, **config,
     )  # fmt: skip
     if num_splits > 1:
-        _merge_kernel[(batch * kv_heads, -(-nodes * group // MERGE_ROWS))](
-            partial, lse, output, nodes, kv_heads,
-            GROUP=group, DIM=head_dim, SPLITS=num_splits, BLOCK_M=MERGE_ROWS, num_warps=4,
+        splits_block, block_m = merge_tile(num_splits, head_dim)
+        _merge_kernel[(batch * kv_heads, -(-nodes * group // block_m))](
+            partial, lse, output, nodes, kv_heads, num_splits,
+            GROUP=group, DIM=head_dim, SPLITS_BLOCK=splits_block, BLOCK_M=block_m, num_warps=4,
         )  # fmt: skip
     return output

@@ -1,30 +1,60 @@
-"""What the target's verify pass is told about who sees what, for the attention it runs with."""
+"""What the passes of a round are told about who sees what, for the attention they run with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from ..kernels import Tree, dense_tree_mask
+from ..kernels import Tree, dense_tree_mask, is_tileable, pack_ancestor_words
 from ..kernels._launch import use_triton
 from ..verify import additive_mask, attention_windows, masked_attention, replaced_attention
 
 
-class TreeAttention:
-    """Chooses between the tree attention kernel and additive masks for a target's own attention.
+class KernelAttention:
+    """Chooses between the tree attention kernel and additive masks for a model's own attention.
 
     Args:
-        target ([`PreTrainedModel`]):
-            The target.
+        model ([`PreTrainedModel`]):
+            The target or the drafter.
         starts (`torch.LongTensor` of shape `(batch,)`):
             First slot of each row that holds a token; read anew in every pass.
+        shapes (`list[tuple[int, int, int]]`):
+            For each layer its key/value heads and the sizes of a key and of a value.
+
+    Attributes:
+        by_kernel (`bool`):
+            Whether the kernel runs.
+        spanless (`bool`):
+            Whether it does all the work: it reads lengths on the device, so the capacity of a cache costs nothing.
     """
 
-    def __init__(self, target, starts: torch.Tensor):
-        self.target, self.starts = target, starts
-        self.config = target.config.get_text_config(decoder=True)
-        supported = getattr(target, "_supports_attention_backend", False) and not target.training
-        self.by_kernel = bool(supported) and use_triton(starts)
+    def __init__(self, model, starts: torch.Tensor, shapes: list[tuple[int, int, int]]):
+        self.model, self.starts = model, starts
+        self.config = model.config.get_text_config(decoder=True)
+        supported = getattr(model, "_supports_attention_backend", False) and not model.training
+        tileable = all(key == value and is_tileable(key) for _, key, value in shapes)
+        self.by_kernel = bool(supported) and tileable and use_triton(starts)
+
+    @property
+    def spanless(self) -> bool:
+        plain = getattr(self.config, "attn_logit_softcapping", None) is None
+        return self.by_kernel and plain and not any(attention_windows(self.config).values())
+
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """Let the model run with an attention that takes these arguments, and restore its own."""
+        if not self.by_kernel:
+            with masked_attention(self.model):
+                yield
+            return
+        from ..kernels.attention_interface import register_tree_attention
+
+        with replaced_attention(self.config, register_tree_attention()):
+            yield
+
+
+class TreeAttention(KernelAttention):
+    """A target's, over the nodes of trees."""
 
     def arguments(self, tree: Tree, lengths: torch.Tensor, span: int) -> dict:
         """Return the keyword arguments of a pass over the nodes of a tree.
@@ -42,23 +72,39 @@ class TreeAttention:
             return {"attention_mask": words, "tree_prefix": lengths, "tree_start": self.starts}
         masks = {
             kind: additive_mask(
-                dense_tree_mask(tree.ancestor_words, lengths, self.starts, span, window), self.target.dtype
+                dense_tree_mask(tree.ancestor_words, lengths, self.starts, span, window), self.model.dtype
             )
             for kind, window in attention_windows(self.config).items()
         }
         return {"attention_mask": masks[None] if None in masks else masks}
 
-    @contextmanager
-    def chosen(self) -> Iterator[None]:
-        """Let the target run with an attention that takes these arguments, and restore its own."""
-        if not self.by_kernel:
-            with masked_attention(self.target):
-                yield
-            return
-        from ..kernels.attention_interface import register_tree_attention
 
-        with replaced_attention(self.config, register_tree_attention()):
-            yield
+class BlockAttention(KernelAttention):
+    """A drafter's, over a block: to the kernel a tree whose nodes all see each other, where no layer has a window."""
+
+    def __init__(self, model, starts: torch.Tensor, shapes: list[tuple[int, int, int]]):
+        super().__init__(model, starts, shapes)
+        # Windows reach to both sides, which the kernel does not know.
+        self.by_kernel = self.by_kernel and "sliding_attention" not in self.config.layer_types
+        block = self.config.block_size
+        everything = torch.ones(len(starts), 1, block, block, dtype=torch.bool, device=starts.device)
+        self.words = pack_ancestor_words(everything)
+
+    def arguments(self, lengths: torch.Tensor, span: int, dtype: torch.dtype) -> dict:
+        """Return the keyword arguments of a drafting pass.
+
+        Args:
+            lengths (`torch.LongTensor` of shape `(batch,)`):
+                First slot of the block.
+            span (`int`):
+                Slots the layers hand to their attention.
+            dtype (`torch.dtype`):
+                Of masks.
+        """
+        if not self.by_kernel:
+            return {"attention_mask": block_masks(self.config, self.starts, lengths, span, dtype)}
+        words = dict.fromkeys(self.config.layer_types, self.words)
+        return {"attention_mask": words, "tree_prefix": lengths, "tree_start": self.starts}
 
 
 def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -86,4 +132,4 @@ def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[
     return masks
 
 
-__all__ = ["TreeAttention", "block_masks"]
+__all__ = ["BlockAttention", "TreeAttention"]

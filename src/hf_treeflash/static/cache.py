@@ -22,13 +22,14 @@ class RowLayer(StaticLayer):
         self.keys, self.values = keys, values
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
+        self.rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
         self.slots, self.span = None, keys.shape[2]
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write a pass's states at their slots and return the first `span` slots."""
-        rows = torch.arange(self.keys.shape[0], device=self.keys.device)[:, None]
-        self.keys.transpose(1, 2)[rows, self.slots] = key_states.transpose(1, 2)
-        self.values.transpose(1, 2)[rows, self.slots] = value_states.transpose(1, 2)
+        # Not through a transposed view: before torch 2.13 inductor would copy the whole storage to write there.
+        self.keys[self.rows, :, self.slots] = key_states.transpose(1, 2)
+        self.values[self.rows, :, self.slots] = value_states.transpose(1, 2)
         return self.keys[:, :, : self.span], self.values[:, :, : self.span]
 
 

@@ -51,7 +51,7 @@ class StaticDecoding(TreeDecoding):
         block, budget = self.drafter.config.block_size, self.generator.knobs.tree_budget
         on_cuda = cache.layers[0].keys.is_cuda
         needed = state.prefix.length + int(room.max()) + block + max(budget, 2 * block)
-        capacity = round_up(max(needed, getattr(self.generation_config, "max_cache_len", None) or 0))
+        capacity = round_up(max(needed, getattr(self.generation_config, "max_cache_len", None) or 0), batch)
 
         sessions, key = sessions_of(self.drafter), session_key(self, cache)
         launcher = sessions.take(key, capacity)

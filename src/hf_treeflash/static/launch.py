@@ -12,7 +12,8 @@ logger = logging.get_logger(__name__)
 
 # Modes of inductor that would record CUDA graphs of their own inside ours.
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-# One compilation per span and session; the default of 8 would leave later ones uncompiled.
+# One compilation per span and session; the default of 8 would leave later ones uncompiled. Spans matter where passes
+# take masks.
 RECOMPILE_LIMIT = 64
 SMALLEST_SPAN = 256
 
@@ -30,7 +31,8 @@ def compile_options(config: CompileConfig) -> dict:
 class Launcher:
     """Launches rounds, and keeps what was compiled and recorded for them.
 
-    On CUDA both models are compiled and the round is recorded as a graph, once per span; on other devices models are
+    On CUDA both models are compiled and the round is recorded as a graph, once, or once per span where a pass takes
+    masks; on other devices models are
     compiled where the call has a `compile_config`. `disable_compile` turns both off. What cannot be compiled or
     recorded runs as it is, after a warning.
 
@@ -39,6 +41,10 @@ class Launcher:
             The round.
         generation_config ([`GenerationConfig`]):
             Of the call: `compile_config` and `disable_compile`.
+
+    Attributes:
+        failure (`str`, *optional*):
+            What kept rounds from being compiled or recorded, if something did.
     """
 
     def __init__(self, round: StaticRound, generation_config: GenerationConfig):
@@ -49,10 +55,13 @@ class Launcher:
         self.pool = None if self.graphs is None else torch.cuda.graph_pool_handle()
         self.seen: set[int] = set()  # spans that were launched
         self.steps_compiled = False
+        self.failure: str | None = None
         self.options = compile_options(config or CompileConfig())
 
     def span_of(self, length: int) -> int:
         """Return how many slots a round looks at, given the longest row: few numbers, as each is compiled."""
+        if self.round.spanless:
+            return self.round.capacity
         needed = length + self.round.tail
         return min(max(SMALLEST_SPAN, 1 << (needed - 1).bit_length()), self.round.capacity)
 
@@ -61,7 +70,7 @@ class Launcher:
         try:
             self._attempt(span)
         except Exception as error:
-            if span in self.seen or not (self.compiled or self.round.attention.by_kernel):
+            if span in self.seen or not (self.compiled or self.round.by_kernel):
                 raise
             self._make_plain(error)
             self.round.run(span)
@@ -106,19 +115,23 @@ class Launcher:
                 restore()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # The outer context returns to this stream where a recording breaks off. Other threads may use the device.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+        ):
             self._run(span)
         return graph
 
     def _make_plain(self, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.warning_once(
             f"{type(self.round.target).__name__} runs uncompiled and without tree attention under "
-            f"cache_implementation='static'; the text is the same. {reason}"
+            f"cache_implementation='static'; the text is the same. {self.failure}"
         )
         self.compiled, self.graphs = False, None
         self.round.steps_uncompiled()
-        self.round.attention.by_kernel = False
+        self.round.without_kernel()
 
 
 __all__ = ["Launcher"]

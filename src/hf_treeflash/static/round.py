@@ -10,7 +10,7 @@ from ..context import Context
 from ..kernels import Tree, accept, build_tree
 from ..logits_process import TreeLogitsProcessor
 from ..verify import masked_attention
-from .attention import TreeAttention, block_masks
+from .attention import BlockAttention, TreeAttention
 from .cache import StaticTreeCache
 from .sampling import Noise, choose
 
@@ -61,8 +61,8 @@ class StaticRound:
         self.block, self.device, self.capacity, self.ahead = config.block_size, states.device, capacity, ahead
         shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
         self.target_cache = StaticTreeCache(shapes, batch, capacity, states.dtype, self.device)
-        shapes = [(config.num_key_value_heads, config.head_dim, config.head_dim)] * config.num_hidden_layers
-        self.drafter_cache = StaticTreeCache(shapes, batch, capacity, generator.dtype, self.device)
+        own_shapes = [(config.num_key_value_heads, config.head_dim, config.head_dim)] * config.num_hidden_layers
+        self.drafter_cache = StaticTreeCache(own_shapes, batch, capacity, generator.dtype, self.device)
 
         integers = torch.zeros(7, batch, dtype=torch.long, device=self.device)
         self.lengths, self.anchors, self.pending_counts = integers[:3].unbind()  # change from round to round
@@ -72,7 +72,8 @@ class StaticRound:
         self.active = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.emitted = torch.zeros(batch, self.block + 1, dtype=torch.long, device=self.device)
         self.noise = Noise(batch, config.vocab_size, self.block * (1 + ahead), self.device) if do_sample else None
-        self.attention = TreeAttention(target, self.starts)
+        self.attention = TreeAttention(target, self.starts, shapes)
+        self.block_attention = BlockAttention(self.drafter, self.starts, own_shapes)
         self.steps_uncompiled()
 
     @property
@@ -84,6 +85,20 @@ class StaticRound:
     def tail(self) -> int:
         """Slots behind `lengths` that a round writes to."""
         return max(self.knobs.tree_budget, 2 * self.block)
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether the tree attention kernel runs in some pass."""
+        return self.attention.by_kernel or self.block_attention.by_kernel
+
+    @property
+    def spanless(self) -> bool:
+        """Whether the cost of a round does not depend on how many slots it looks at."""
+        return self.attention.spanless and self.block_attention.spanless
+
+    def without_kernel(self) -> None:
+        """Give every pass masks instead of the tree attention kernel."""
+        self.attention.by_kernel = self.block_attention.by_kernel = False
 
     def steps_uncompiled(self) -> None:
         """Run both models as they are."""
@@ -156,19 +171,19 @@ class StaticRound:
         # A path shorter than a block leaves filler, which goes behind the block, where no mask shows it.
         filler = columns >= self.pending_counts[:, None]
         self.drafter_cache.place(torch.cat([context + self.block * filler, block], dim=1), span)
-        with masked_attention(self.drafter):
+        with self.block_attention.chosen():
             transitions = self.draft_step(
                 self.anchors,
                 self.pending.to(self.generator.dtype),
                 self._embed,
                 self.generator.draft_head,
                 position_ids=torch.cat([context, block], dim=1) + self.offsets[:, None],
-                attention_mask=block_masks(self.drafter.config, self.starts, self.lengths, span, self.generator.dtype),
                 cache=self.drafter_cache,
                 num_candidates=self.knobs.num_candidates,
                 branching=self.knobs.branching,
                 temperature=self.knobs.draft_temperature * self.generator.temperature,
                 draft_vocab=self.knobs.draft_vocab,
+                **self.block_attention.arguments(self.lengths, span, self.generator.dtype),
             )
         tables = transitions.token_ids, transitions.log_probs, transitions.next_row
         tree = build_tree(*tables, self.knobs.tree_budget)

@@ -8,7 +8,8 @@ from .launch import Launcher
 
 # Each holds caches for its batch.
 KEPT = 2
-CAPACITY_STEP = 256
+# Slots of a batch together, below which capacities do not differ; above it there are two for each power of two.
+SMALLEST_CAPACITY, SMALLEST_OF_A_ROW = 2048, 256
 
 
 class Sessions(dict):
@@ -61,9 +62,18 @@ def session_key(decoding, cache) -> tuple:
     )
 
 
-def round_up(slots: int) -> int:
-    """Round a capacity up, so that calls of similar length share a session."""
-    return -(-slots // CAPACITY_STEP) * CAPACITY_STEP
+def round_up(slots: int, batch: int = 1) -> int:
+    """Round a capacity up in wide steps: each is compiled, and calls of similar length share a session.
+
+    Args:
+        slots (`int`):
+            Needed per row.
+        batch (`int`, *optional*, defaults to 1):
+            Rows.
+    """
+    smallest = 1 << (max(SMALLEST_CAPACITY // batch, SMALLEST_OF_A_ROW).bit_length() - 1)
+    above = 1 << (slots - 1).bit_length()
+    return max(smallest, above * 3 // 4 if above * 3 // 4 >= slots else above)
 
 
 def _processors(processors) -> str:
