@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "hf_treeflash"
 # Flat siblings a Hub repository carries; they import torch, transformers and each other.
 CORE = {
+    "attention",
     "budget",
     "cache",
     "candidate_generator",
@@ -25,6 +26,7 @@ CORE = {
     "logits_process",
     "lookahead",
     "lookup",
+    "memory",
     "modeling_treeflash",
     "outputs",
     "sequences",
