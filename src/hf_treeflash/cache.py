@@ -80,45 +80,16 @@ class PrefixCache:
         self.taken_out: dict[int, StoredRow] = {}
         self.storages: list[Storage] | None = None  # until the first commit
 
-    def visible(
-        self,
-        tail_mask: torch.Tensor,
-        query_offsets: torch.Tensor,
-        tail_offsets: torch.Tensor,
-        window: int | None = None,
-        reach: int | None = None,
-        stored: int | None = None,
-    ) -> torch.Tensor:
-        """Return which stored and tail columns each query of a pass sees.
+    def stored(self, place: int) -> int:
+        """Return how many columns of the prefix a layer holds; none before its first pass."""
+        layer = self.cache.layers[place]
+        return layer.keys.shape[-2] if layer.is_initialized else 0
 
-        Args:
-            tail_mask (`torch.BoolTensor` of shape `(batch, queries, tail)`):
-                Which tail columns a query sees, windows aside.
-            query_offsets, tail_offsets (`torch.LongTensor` of shape `(batch, queries)` and `(batch, tail)`):
-                Distance in tokens from the first position after the prefix.
-            window (`int`, *optional*):
-                Sliding window of the layer, whose cache holds one column less; None for full attention.
-            reach (`int`, *optional*):
-                How many tokens away a key may be; by default one less than the window.
-            stored (`int`, *optional*):
-                Columns of the prefix that the layer holds, where its cache is not cut to its window.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch, 1, queries, stored + tail)`, the columns a layer of this window gets.
-        """
-        batch, queries, _ = tail_mask.shape
-        if stored is None:
-            stored = self.length if window is None else min(self.length, window - 1)
+    def present(self, columns: int, device: torch.device) -> torch.Tensor:
+        """Return which of the last columns of the prefix hold a token; bool, `(batch or 1, columns)`."""
         if self.valid is None:
-            prefix = tail_mask.new_ones(batch, queries, stored)
-        else:
-            prefix = self.valid[:, None, self.length - stored :].expand(-1, queries, -1)
-        if window is not None:
-            reach = window - 1 if reach is None else reach
-            offsets = torch.arange(-stored, 0, device=tail_mask.device)
-            prefix = prefix & (query_offsets[..., None] - offsets <= reach)
-            tail_mask = tail_mask & ((query_offsets[..., None] - tail_offsets[:, None]).abs() <= reach)
-        return torch.cat([prefix, tail_mask], dim=2)[:, None]
+            return torch.ones(1, columns, dtype=torch.bool, device=device)
+        return self.valid[:, self.length - columns :].to(device)
 
     def commit(self, paths: list[list[int]], tail: int, tail_valid: torch.Tensor | None = None) -> None:
         """Keep each row's path of the tail behind its prefix and drop every other tail column.

@@ -9,6 +9,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation import CandidateGenerator
 from transformers.utils import logging
 
+from .attention import additive_mask, attention_windows, seen_by_block
 from .budget import SIZES
 from .cache import PrefixCache
 from .configuration_treeflash import DRAFTING_DEFAULTS
@@ -17,7 +18,6 @@ from .draft_head import DraftHead, check_head, home_of
 from .lookahead import Lookahead
 from .lookup import graft
 from .tree import DraftTree, build_tables, build_tree, tree_from_tables
-from .verify import additive_mask
 
 logger = logging.get_logger(__name__)
 
@@ -170,24 +170,24 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             tables = [graft(*row, budget) for row in zip(tables, chains, trusts, strict=True)]
         return tree_from_tables(tables)
 
-    def _mask(self, context: Context) -> dict[str, torch.Tensor] | None:
+    def _mask(self, context: Context) -> dict[str | None, torch.Tensor] | None:
         config, slots = self.drafter.config, self.drafter.config.block_size
-        batch, length = context.position_ids.shape
-        kinds = dict.fromkeys(config.layer_types)
-        if context.valid is None and self.prefix.valid is None and "sliding_attention" not in kinds:
+        if context.valid is None and self.prefix.valid is None and "sliding_attention" not in config.layer_types:
             return None
+        batch, length = context.position_ids.shape
         device = context.position_ids.device
-        counts = torch.tensor(context.counts, device=device)
         valid = torch.ones(batch, length, dtype=torch.bool, device=device) if context.valid is None else context.valid
-        tail = nn.functional.pad(valid, (0, slots), value=True)[:, None].expand(-1, slots, -1)
-        queries = counts[:, None] + torch.arange(slots, device=device)
-        keys = torch.cat([torch.arange(length, device=device).expand(batch, -1), queries], dim=1)
+        tail = nn.functional.pad(valid, (0, slots), value=True)  # (batch, length + slots)
+        counts = torch.tensor(context.counts, device=device)[:, None]
+        queries = counts + torch.arange(slots, device=device)  # (batch, slots), from the first token of the context
+        new = torch.cat([torch.arange(length, device=device).expand(batch, -1), queries], dim=1)
         masks = {}
-        for kind in kinds:
-            window = config.sliding_window if kind == "sliding_attention" else None
-            # A DFlash window reaches `sliding_window` tokens to either side, inclusively.
-            visible = self.prefix.visible(tail, queries, keys, window, reach=window)
-            masks[kind] = additive_mask(visible.to(self.device), self.dtype)
+        for kind, window in attention_windows(config).items():
+            stored = self.prefix.stored(config.layer_types.index(kind))
+            earlier = torch.arange(-stored, 0, device=device).expand(batch, -1)
+            present = torch.cat([self.prefix.present(stored, device).expand(batch, -1), tail], dim=1)
+            seen = seen_by_block(present, queries, torch.cat([earlier, new], dim=1), window)
+            masks[kind] = additive_mask(seen.to(self.device), self.dtype)
         return masks
 
     def get_candidates(

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import QuantizedLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_treeflash.verify import GROUPED, grouped_sdpa, masked_attention, replaced_attention
+from hf_treeflash.attention import GROUPED, grouped_sdpa, masked_attention, replaced_attention
 from tests.families.checks import assert_same_cache, check_greedy, drafter_for, own_columns
 from tests.generation.test_batch import padded
 from tests.generation.test_misuse import refuse

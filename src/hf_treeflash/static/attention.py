@@ -5,9 +5,15 @@ from contextlib import contextmanager
 
 import torch
 
+from ..attention import (
+    additive_mask,
+    attention_windows,
+    masked_attention,
+    replaced_attention,
+    seen_by_block,
+)
 from ..kernels import Tree, dense_tree_mask, is_tileable, pack_ancestor_words
 from ..kernels._launch import use_triton
-from ..verify import additive_mask, attention_windows, masked_attention, replaced_attention
 
 
 class KernelAttention:
@@ -107,7 +113,7 @@ class BlockAttention(KernelAttention):
         return {"attention_mask": words, "tree_prefix": lengths, "tree_start": self.starts}
 
 
-def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[str | None, torch.Tensor]:
     """Return the drafter's masks: each slot of a block sees the context and the block, within windows.
 
     Args:
@@ -120,16 +126,13 @@ def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[
         dtype (`torch.dtype`):
             Of the masks.
     """
-    keys = torch.arange(span, device=starts.device)
-    block = lengths[:, None] + torch.arange(config.block_size, device=starts.device)
-    seen = (keys >= starts[:, None]) & (keys < lengths[:, None] + config.block_size)
-    masks = {}
-    for kind in dict.fromkeys(config.layer_types):
-        visible = seen[:, None].expand(-1, config.block_size, -1)
-        if kind == "sliding_attention":  # to either side, inclusively
-            visible = visible & ((block[..., None] - keys).abs() <= config.sliding_window)
-        masks[kind] = additive_mask(visible[:, None], dtype)
-    return masks
+    slots = torch.arange(span, device=starts.device)[None]  # (1, span)
+    queries = lengths[:, None] + torch.arange(config.block_size, device=starts.device)  # (batch, block_size)
+    present = (slots >= starts[:, None]) & (slots < lengths[:, None] + config.block_size)  # (batch, span)
+    return {
+        kind: additive_mask(seen_by_block(present, queries, slots, window), dtype)
+        for kind, window in attention_windows(config).items()
+    }
 
 
 __all__ = ["BlockAttention", "TreeAttention"]

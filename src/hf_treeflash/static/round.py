@@ -4,12 +4,12 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache
 
+from ..attention import masked_attention
 from ..candidate_generator import TreeFlashCandidateGenerator
 from ..compat import CACHE
 from ..context import Context
 from ..kernels import Tree, accept, build_tree
 from ..logits_process import TreeLogitsProcessor
-from ..verify import masked_attention
 from .attention import BlockAttention, TreeAttention
 from .cache import StaticTreeCache
 from .sampling import Noise, choose

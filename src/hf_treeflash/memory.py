@@ -1,0 +1,60 @@
+"""What one call leaves for the next: values kept for their owners, dropped with the first owner that goes."""
+
+import weakref
+from typing import Any
+
+# By what a value is and whose. Ids do not mislead: an entry goes before the id of an owner can be another's.
+_kept: dict[tuple, tuple[Any, list[weakref.ref]]] = {}
+
+
+def remember(what: str, value: Any, *owners: Any) -> None:
+    """Keep a value as long as all of its owners live.
+
+    Args:
+        what (`str`):
+            What the value is; an earlier one of these owners is replaced.
+        value (`Any`):
+            Holds none of the owners, which could never go otherwise.
+        owners (`Any`):
+            One or more objects, told apart by identity: models, configs, caches.
+    """
+    key = (what, *map(id, owners))
+
+    def drop(_: weakref.ref) -> None:
+        _kept.pop(key, None)
+
+    _kept[key] = value, [weakref.ref(owner, drop) for owner in owners]
+
+
+def recall(what: str, *owners: Any) -> Any:
+    """Return what is kept for these owners, or None."""
+    value, _ = _kept.get((what, *map(id, owners)), (None, None))
+    return value
+
+
+def take(what: str, *owners: Any) -> Any:
+    """Return what is kept for these owners, or None, and keep it no longer."""
+    value, _ = _kept.pop((what, *map(id, owners)), (None, None))
+    return value
+
+
+def forget(owner: Any, what: str | None = None) -> None:
+    """Drop what calls have kept for a drafter, a target or a cache.
+
+    That is: static caches with compiled models and CUDA graphs, the eight-bit copy of an output layer, what
+    `tree_budget="auto"` has learnt, and what a drafter has read of a conversation. Later calls start afresh; texts are
+    the same. All of it goes by itself with the model or the cache it is for.
+
+    Args:
+        owner ([`PreTrainedModel`] or [`Cache`]):
+            Whose. What is kept for a part of a model goes, too.
+        what (`str`, *optional*):
+            Only this; everything by default.
+    """
+    owners = {id(owner), *map(id, getattr(owner, "modules", tuple)())}
+    for key in list(_kept):
+        if what in (None, key[0]) and owners.intersection(key[1:]):
+            _kept.pop(key, None)
+
+
+__all__ = ["forget", "recall", "remember", "take"]
