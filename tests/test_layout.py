@@ -23,7 +23,6 @@ CORE = {
     "decoding",
     "draft_head",
     "generation",
-    "head_rows",
     "logits_process",
     "lookahead",
     "lookup",
@@ -32,11 +31,12 @@ CORE = {
     "round_state",
     "sequences",
     "storage",
+    "transitions",
     "tree",
     "validation",
     "verify",
 }
-PARTS = {"cache", "compat", "head_rows", "logits_process", "storage", "tree"}
+PARTS = {"cache", "compat", "logits_process", "storage", "transitions", "tree"}
 CORE_LIBRARIES = {"numpy", "torch", "transformers", "huggingface_hub", "safetensors"}
 OPTIONAL = {"triton", "peft", "datasets", "matplotlib", "typer", "rich"}
 
