@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from hf_treeflash import kernels, tree
 from hf_treeflash.draft_head import DraftHead, narrowed
 from hf_treeflash.kernels import Tree
+from hf_treeflash.transitions import Transitions
 from hf_treeflash.verify import walk
 
 SPLITS = (1, 2, 4, 8, 16)
@@ -158,20 +159,13 @@ def selection(sizes: Sizes, device: torch.device) -> Case:
 def building(sizes: Sizes, device: torch.device, nodes: int) -> Case:
     transitions, anchor = random_transitions(sizes, device), torch.tensor([7], device=device)
 
-    class Tables(NamedTuple):
-        token_ids: torch.Tensor
-        log_probs: torch.Tensor
-        next_row: torch.Tensor
-
-    tables = Tables(*transitions)
-
     def heap() -> torch.Tensor:
-        return tree.tree_from_tables(tree.build_tables(tables, anchor, nodes)).to(device).path_log_probs
+        rows = Transitions(*transitions).rows()
+        return tree.tree_from_tables(tree.build_tables(rows, anchor, nodes)).to(device).path_log_probs
 
     ways = {
         "oracle": Way(lambda: kernels.build_tree_reference(*transitions, nodes).path_log_probs),
         "kernel": Way(lambda: kernels.build_tree(*transitions, nodes).path_log_probs),
-        "level by level, float64": Way(lambda: tree.build_by_level(tables, anchor, nodes).path_log_probs),
         "heap on the host, with copies": Way(heap, on_device=False),
     }
     return Case("", {"nodes": nodes}, ways)

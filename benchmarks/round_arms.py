@@ -14,7 +14,7 @@ from hf_treeflash.cache import PrefixCache
 from hf_treeflash.candidate_generator import TreeFlashCandidateGenerator
 from hf_treeflash.compat import CACHE
 from hf_treeflash.context import Context, tapped_states
-from hf_treeflash.modeling_treeflash import Transitions
+from hf_treeflash.transitions import Transitions
 from hf_treeflash.tree import build_tables, tree_from_tables
 from hf_treeflash.verify import Verifier, additive_mask, walk
 
@@ -124,7 +124,7 @@ class Reference:
         with stage("heads"):
             transitions = self.heads(noise, hidden, normed)
         with stage("build"):
-            tables = build_tables(transitions, self.anchor, self.knobs.tree_budget)
+            tables = build_tables(transitions.rows(), self.anchor, self.knobs.tree_budget)
             self.tree = tree_from_tables(tables).to(self.anchor.device)
         with stage("verify"):
             outputs = self.verify()

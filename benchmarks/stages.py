@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from transformers.utils import logging
 
-from hf_treeflash import candidate_generator, decoding, draft_head, head_rows, modeling_treeflash
+from hf_treeflash import candidate_generator, decoding, draft_head, modeling_treeflash, transitions
 from hf_treeflash.bench.compare import environment
 from hf_treeflash.bench.measuring import Stopwatch
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
@@ -37,8 +37,8 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
         (generator, "draft_tree", "context cache"),
         (candidate_generator, "build_tree", "tree build"),
         (modeling_treeflash, "top_log_probs", "top-k and log-sum-exp"),
-        (modeling_treeflash, "conditional_transitions", "match candidates"),
-        (head_rows.HeadRows, "compute", "match candidates"),
+        (transitions.Transitions, "conditional", "match candidates"),
+        (transitions.HeadRows, "compute", "match candidates"),
         (drafter, "draft", "noise, shortlist top-k"),
         (drafter, "backbone", "drafter forward"),
         (drafter, "correct", "AR head"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import parse
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -19,6 +20,17 @@ GOLDEN = Path(os.environ.get("HF_TREEFLASH_GOLDEN", Path(__file__).parents[2] / 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def attaching_peft():
+    """PEFT, if it is new enough for `model.add_adapter`: transformers says what it wants."""
+    peft = pytest.importorskip("peft")
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if parse(peft.__version__) < parse(MIN_PEFT_VERSION):
+        pytest.skip(f"attaching adapters needs peft {MIN_PEFT_VERSION} here, this is {peft.__version__}")
+    return peft
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "hf_treeflash"
 # The root holds what a Hub repository carries, and what is the package's own: its front door and its command line.
 FRONT = {"__init__", "cli"}
 CORE = {path.stem for path in PACKAGE.glob("*.py")} - FRONT
-PARTS = {"cache", "compat", "head_rows", "logits_process", "storage", "tree"}
+PARTS = {"cache", "compat", "logits_process", "storage", "transitions", "tree"}
 CORE_LIBRARIES = {"numpy", "torch", "transformers", "huggingface_hub", "safetensors"}
 OPTIONAL = {"triton", "peft", "datasets", "matplotlib", "typer", "rich"}
 # From each folder, where its modules may reach besides their neighbours; "" is the root.

@@ -137,7 +137,7 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         slots, length = self.drafter.config.block_size, context.hidden_states.shape[1]
         last = context.newest_positions
         block = last + torch.arange(1, slots + 1, device=last.device)
-        transitions = self.drafter.draft(
+        proposal = self.drafter.draft(
             anchor_ids,
             context.hidden_states.to(self.device, self.dtype),
             self._embed,
@@ -161,8 +161,8 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         if window is not None:
             self.prefix.trim(window)
         if permitted is None and lookup is None:
-            return build_tree(transitions, anchor_ids, budget)
-        tables = build_tables(transitions, anchor_ids, budget, permitted)
+            return build_tree(proposal, anchor_ids, budget)
+        tables = build_tables(proposal.rows(), anchor_ids, budget, permitted)
         if lookup is not None:
             chains, trusts = lookup
             if permitted is not None:

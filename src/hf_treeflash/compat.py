@@ -1,6 +1,8 @@
-"""What the supported releases of transformers call by different names."""
+"""What depends on the installation: names that releases of transformers disagree on, and our own kernels."""
 
+import importlib
 import inspect
+from typing import Any
 
 from transformers import GenerationMixin
 
@@ -8,4 +10,10 @@ _PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).par
 # The keys and values of a text, in a model's inputs and outputs and among the inputs `generate` carries along.
 CACHE = "cache" if "cache" in _PREPARES else "past_key_values"
 
-__all__ = ["CACHE"]
+kernels: Any = None
+try:  # code loaded from a repository, without this package, does without its kernels
+    kernels = importlib.import_module("hf_treeflash.kernels")
+except ImportError:
+    pass
+
+__all__ = ["CACHE", "kernels"]

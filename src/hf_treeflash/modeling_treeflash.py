@@ -1,10 +1,8 @@
 """The TreeFlash drafter: a DFlash backbone and a head that conditions each token on the one before it."""
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,33 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from .compat import CACHE
 from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
 from .draft_head import narrowed
-from .head_rows import HeadRows
-
-kernels: Any = None
-try:  # a drafter loaded from a repository, without this package, does without its kernels
-    kernels = importlib.import_module("hf_treeflash.kernels")
-except ImportError:
-    pass
-
-
-class Transitions(NamedTuple):
-    """The most likely next tokens after every shortlisted token, at every depth of a block.
-
-    Depth index `d` (0-based) describes the nodes of depth `d + 1`. Its row `r` belongs to the `r`-th shortlisted
-    token of the slot before; at depth index 0 only row 0, the anchor's, is meaningful. A marginal drafter has one row.
-
-    Attributes:
-        token_ids (`torch.LongTensor` of shape `(batch, depth, rows, branching)`):
-            Next tokens, most likely first.
-        log_probs (`torch.FloatTensor` of the same shape, nats):
-            Their log-probabilities.
-        next_row (`torch.LongTensor` of the same shape):
-            The row of depth index `d + 1` that continues the token, or -1 where none does: such a node is a leaf.
-    """
-
-    token_ids: torch.Tensor
-    log_probs: torch.Tensor
-    next_row: torch.Tensor
+from .transitions import HeadRows, Transitions, top_log_probs
 
 
 @dataclass
@@ -378,7 +350,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         hidden = hidden[:, 1:]
         normed = self.norm(hidden)
         if self.ar_head is None:
-            return marginal_transitions(lm_head(normed), branching, temperature)
+            return Transitions.marginal(lm_head(normed), branching, temperature)
 
         # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
         links = hidden.shape[1] - 1
@@ -400,7 +372,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         following = torch.arange(1, hidden.shape[1], device=hidden.device).repeat_interleave(shortlist.shape[-1])
         slots = nn.functional.pad(following, (1, 0))
         token_ids, log_probs = score(hidden, normed, previous, slots)
-        return conditional_transitions(token_ids, log_probs, shortlist)
+        return Transitions.conditional(token_ids, log_probs, shortlist)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
@@ -424,49 +396,6 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         # Always our layout, also for a drafter that was read from another.
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
         self.generation_config.save_pretrained(save_directory)
-
-
-def top_log_probs(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the `k` most likely tokens of each row and their log-probabilities (float32, nats)."""
-    if kernels is not None and logits.is_cuda:
-        return kernels.head_select(logits, min(k, logits.shape[-1]), temperature)
-    logits = logits if temperature == 1.0 else logits / temperature
-    top = logits.log_softmax(dim=-1, dtype=torch.float32).topk(min(k, logits.shape[-1]), dim=-1)
-    return top.indices, top.values
-
-
-def marginal_transitions(logits: torch.Tensor, branching: int, temperature: float) -> Transitions:
-    """Build the one-row transitions of a drafter without a head from logits `(batch, depth, vocab)`."""
-    token_ids, log_probs = top_log_probs(logits[:, :, None], branching, temperature)
-    next_row = torch.zeros_like(token_ids)
-    next_row[:, -1] = -1
-    return Transitions(token_ids, log_probs, next_row)
-
-
-def conditional_transitions(token_ids: torch.Tensor, log_probs: torch.Tensor, shortlist: torch.Tensor) -> Transitions:
-    """Arrange the anchor's row and the shortlists' rows by depth, and link each token to its row of the next depth.
-
-    Args:
-        token_ids, log_probs (`torch.Tensor` of shape `(batch, 1 + (depth - 1) * rows, branching)`):
-            The anchor's row, then `rows` rows for each further depth.
-        shortlist (`torch.LongTensor` of shape `(batch, depth - 1, rows)`):
-            Candidate tokens of each depth but the last.
-    """
-    batch, links, rows = shortlist.shape
-
-    def by_depth(flat: torch.Tensor) -> torch.Tensor:
-        first = flat[:, :1, None].expand(-1, -1, rows, -1)
-        return torch.cat([first, flat[:, 1:].view(batch, links, rows, flat.shape[-1])], dim=1)
-
-    token_ids, log_probs = by_depth(token_ids), by_depth(log_probs)
-    if links == 0:
-        return Transitions(token_ids, log_probs, torch.full_like(token_ids, -1))
-    ordered, order = shortlist.sort(dim=-1)
-    wanted = token_ids[:, :-1].flatten(2).contiguous()
-    place = torch.searchsorted(ordered, wanted).clamp_(max=rows - 1)
-    found = ordered.gather(-1, place) == wanted
-    next_row = torch.where(found, order.gather(-1, place), -1).view_as(token_ids[:, :-1])
-    return Transitions(token_ids, log_probs, torch.cat([next_row, torch.full_like(next_row[:, :1], -1)], dim=1))
 
 
 __all__ = ["TreeFlashDraftModel", "TreeFlashPreTrainedModel"]

@@ -19,15 +19,24 @@ from tests.hub.pair_on_disk import letter_tokenizer
 from tests.tiny import prompt, tiny_drafter, tiny_target
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors"]
-CODE = ["checkpoints.py", "configuration_treeflash.py", "draft_head.py", "head_rows.py", "modeling_treeflash.py"]
+CODE = [
+    "checkpoints.py",
+    "compat.py",
+    "configuration_treeflash.py",
+    "draft_head.py",
+    "modeling_treeflash.py",
+    "transitions.py",
+]
 CUSTOM_GENERATE = [
     f"custom_generate/{name}.py"
     for name in (
         "budget",
         "cache",
         "candidate_generator",
+        "compat",
         "configuration_treeflash",
         "context",
+        "decoding",
         "draft_head",
         "generate",
         "generation",
@@ -35,8 +44,10 @@ CUSTOM_GENERATE = [
         "lookahead",
         "lookup",
         "outputs",
+        "round_state",
         "sequences",
         "storage",
+        "transitions",
         "tree",
         "validation",
         "verify",
@@ -218,8 +229,11 @@ def test_adapters_are_merged_into_a_copy(tmp_path):
     expected = drafter.fc.base_layer.weight + drafter.fc.get_delta_weight("default")
     exported = TreeFlashDraftModel.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(exported.fc.weight, expected)
+
+
+def test_attached_adapters_are_refused(tmp_path, attaching_peft):
     attached = tiny_drafter()
-    attached.add_adapter(peft.LoraConfig(target_modules=["fc"]))
+    attached.add_adapter(attaching_peft.LoraConfig(target_modules=["fc"]))
     with pytest.raises(ValueError, match="merged"):
         export_drafter(attached, tmp_path / "attached", target_id="acme/target")
 

@@ -102,7 +102,7 @@ def test_adapters_that_cannot_learn_on_an_untrained_head_are_refused(train, samp
     train(get_peft_model(make_drafter(trained=True), lora(**options)), samples, max_steps=1)
 
 
-def test_the_mixin_adapter_trains_too(train, samples):
+def test_the_mixin_adapter_trains_too(train, samples, attaching_peft):
     drafter = make_drafter(trained=True)
     before = drafted(drafter)
     drafter.add_adapter(lora(), "domain")

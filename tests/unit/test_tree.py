@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from hf_treeflash.modeling_treeflash import Transitions
-from hf_treeflash.tree import build_by_level, build_tree
+from hf_treeflash.transitions import Transitions
+from hf_treeflash.tree import build_on_device, build_tree
 
 
 def random_transitions(seed, depth=4, rows=3, branching=3, batch=1, quantised=False, holes=0.0):
@@ -51,7 +51,7 @@ def paths(tree, row):
     return result
 
 
-@pytest.mark.parametrize("builder", [build_tree, build_by_level], ids=["host", "level"])
+@pytest.mark.parametrize("builder", [build_tree, build_on_device], ids=["host", "device"])
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("budget", [2, 5, 16, 400])
 def test_tree_is_the_brute_force_top_set_in_order(builder, quantised, budget):
@@ -74,9 +74,9 @@ def test_both_builders_agree(budget):
     for seed in range(10):
         transitions = random_transitions(seed, depth=7, rows=8, branching=8, batch=3, quantised=seed % 2 == 0)
         host = build_tree(transitions, torch.arange(3), budget)
-        level = build_by_level(transitions, torch.arange(3), budget)
+        device = build_on_device(transitions, torch.arange(3), budget)
         for field in ("token_ids", "parents", "depths", "ancestor_mask", "path_log_probs"):
-            a, b = getattr(host, field), getattr(level, field)
+            a, b = getattr(host, field), getattr(device, field)
             nodes = a.shape[1]
             torch.testing.assert_close(a, b[:, :nodes, :nodes] if field == "ancestor_mask" else b[:, :nodes])
 
@@ -107,6 +107,6 @@ def test_short_rows_are_padded_with_nodes_that_see_only_themselves():
 def test_nan_log_probs_are_never_drafted():
     transitions = random_transitions(0)
     transitions.log_probs.fill_(float("nan"))
-    for builder in (build_tree, build_by_level):
+    for builder in (build_tree, build_on_device):
         tree = builder(transitions, torch.tensor([5]), 8)
         assert (tree.parents == -1).all()
