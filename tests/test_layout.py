@@ -23,19 +23,21 @@ CORE = {
     "draft_head",
     "generation",
     "head_rows",
+    "layers",
     "logits_process",
     "lookahead",
     "lookup",
     "memory",
     "modeling_treeflash",
     "outputs",
+    "rows",
     "sequences",
     "storage",
     "tree",
     "validation",
     "verify",
 }
-PARTS = {"cache", "head_rows", "logits_process", "storage", "tree"}
+PARTS = {"attention", "cache", "head_rows", "layers", "logits_process", "memory", "rows", "storage", "tree", "verify"}
 CORE_LIBRARIES = {"numpy", "torch", "transformers", "huggingface_hub", "safetensors"}
 OPTIONAL = {"triton", "peft", "datasets", "matplotlib", "typer", "rich"}
 

@@ -16,6 +16,7 @@ from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
 from .outputs import Recorder
+from .rows import Rows
 from .sequences import Sequences
 from .tree import DraftTree, root_only
 from .validation import check_call, check_prompt
@@ -102,7 +103,8 @@ class TreeDecoding:
         valid = None if mask is None else mask.bool()
         cache = outputs.past_key_values
         outlives = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        self.prefix = PrefixCache(cache, valid, keep_rows=bool(outlives))
+        rewinds = batch > 1 and not self.sequences.pads
+        self.prefix = PrefixCache(cache, valid, Rows(batch) if outlives else None, rewinds)
         self.prompt_columns, self.first_positions = self.prefix.length, position_ids[..., -1] + 1
         # Models with several position axes still have the drafter count tokens.
         text_ids = position_ids if position_ids.ndim == 2 else count_positions(mask, self.prefix.length, position_ids)
