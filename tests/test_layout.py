@@ -14,7 +14,19 @@ PACKAGE = ROOT / "src" / "hf_treeflash"
 # The root holds what a Hub repository carries, and what is the package's own: its front door and its command line.
 FRONT = {"__init__", "cli"}
 CORE = {path.stem for path in PACKAGE.glob("*.py")} - FRONT
-PARTS = {"cache", "compat", "logits_process", "storage", "transitions", "tree"}
+PARTS = {
+    "attention",
+    "cache",
+    "compat",
+    "layers",
+    "logits_process",
+    "memory",
+    "rows",
+    "storage",
+    "transitions",
+    "tree",
+    "verify",
+}
 CORE_LIBRARIES = {"numpy", "torch", "transformers", "huggingface_hub", "safetensors"}
 OPTIONAL = {"triton", "peft", "datasets", "matplotlib", "typer", "rich"}
 # From each folder, where its modules may reach besides their neighbours; "" is the root.

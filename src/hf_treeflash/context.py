@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from transformers import Cache
 
-from .cache import PrefixCache, columns_at
+from .cache import PrefixCache
+from .layers import columns_at
 
 
 class Context(NamedTuple):

@@ -16,6 +16,7 @@ from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
 from .outputs import Recorder
 from .round_state import RoundState
+from .rows import Rows
 from .sequences import Sequences
 from .tree import DraftTree, root_only
 from .verify import Verdict, Verifier, walk
@@ -102,11 +103,15 @@ class TreeDecoding:
         earlier = recall_context(kwargs[CACHE], self.drafter)
         outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs)
         self.recorder.prefill(outputs)
-        cache = outputs[CACHE]
+        cache, mask, batch = outputs[CACHE], kwargs.get("attention_mask"), len(self.input_ids)
         outlives = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        state = RoundState.after_prompt(
-            self.input_ids, kwargs.get("attention_mask"), kwargs["position_ids"], cache, taps, keep_rows=bool(outlives)
+        prefix = PrefixCache(
+            cache,
+            None if mask is None else mask.bool(),
+            Rows(batch) if outlives else None,
+            rewinds=batch > 1 and not self.sequences.pads,
         )
+        state = RoundState.after_prompt(self.input_ids, mask, kwargs["position_ids"], prefix, taps)
         if earlier is not None:
             self.generator.prefix, pending = earlier
             state.pending = [Context.joined([pending, *state.pending])]

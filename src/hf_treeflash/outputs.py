@@ -8,6 +8,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import PrefixCache
 from .compat import CACHE
+from .layers import window_of
 
 Rows = list[tuple]  # per sequence, one entry per emitted token
 
@@ -79,7 +80,7 @@ class Recorder:
         if self.attentions is None:
             return
         filled = prefix.length if prefix.filled is None else prefix.filled[index]
-        windows = [getattr(layer, "sliding_window", None) for layer in prefix.cache.layers]
+        windows = [window_of(layer) for layer in prefix.cache.layers]
         for step, node in enumerate(path, start=1):
             seen = []
             for weights, window in zip(outputs.attentions, windows, strict=True):

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache
 
 from .cache import PrefixCache
 from .context import Context, count_positions
@@ -49,9 +48,8 @@ class RoundState:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        cache: Cache,
+        prefix: PrefixCache,
         taps: list[torch.Tensor],
-        keep_rows: bool,
     ) -> "RoundState":
         """Return the state once the target has read the prompts, whose last tokens are the anchors.
 
@@ -60,16 +58,13 @@ class RoundState:
                 The prompts; without tokens if they were given as embeddings.
             position_ids (`torch.LongTensor` of shape `(..., batch or 1, length)`):
                 As the target takes them.
-            cache ([`Cache`]):
-                The target's, after the prompts.
+            prefix ([`PrefixCache`]):
+                The target's cache, after the prompts.
             taps (`list[torch.Tensor]`):
                 What the target's passes over the prompts left.
-            keep_rows (`bool`):
-                Whether the cache outlives the call, with all its rows.
         """
         batch = input_ids.shape[0]
         valid = None if attention_mask is None else attention_mask.bool()
-        prefix = PrefixCache(cache, valid, keep_rows)
         text_ids = position_ids
         if position_ids.ndim > 2:  # models with several position axes still have the drafter count tokens
             text_ids = count_positions(attention_mask, prefix.length, position_ids)

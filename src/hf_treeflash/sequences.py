@@ -32,7 +32,7 @@ class Sequences:
         # Length and end-of-text need no tensor; exact types, as a subclass may decide otherwise.
         self._criteria = StoppingCriteriaList()
         # Without an end-of-text token plain decoding pads nothing: every row is written until all have ended.
-        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._ended: dict[int, int] = {}  # length at which a row met a criterion
         for criterion in stopping_criteria:
             if type(criterion) is MaxLengthCriteria:
@@ -66,7 +66,7 @@ class Sequences:
             done = self._meets(criterion, row, scores) or done
         if done:
             self._ended.setdefault(row, length + 1)
-        if self._pads or length + 1 == self._max_length:
+        if self.pads or length + 1 == self._max_length:
             return done
         return len(self._ended) == len(self.lengths) and length + 1 >= self.final_length
 

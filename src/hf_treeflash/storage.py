@@ -6,6 +6,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from .layers import Choice
+
 ROOM = 256  # columns kept free; a full storage is copied to a larger one
 LAYERS = 8  # of one storage at most: while it is copied to a larger one, their memory is needed twice
 
@@ -13,7 +15,7 @@ Views = tuple[torch.Tensor, ...]
 
 
 class Storage:
-    """The states of layers of one shape, for a single text.
+    """The states of layers of one shape, for a single text; it answers to the verbs of layers that such a text needs.
 
     Args:
         layers (`list[DynamicLayer]`):
@@ -47,30 +49,22 @@ class Storage:
             self._views_of = length, new
         return self._views
 
-    def commit(self, length: int, path: torch.Tensor | None, kept: int) -> None:
-        """Keep `kept` columns behind the first `length`: the next ones, or those at a path's places after them.
+    def commit(self, choice: Choice) -> None:
+        """Keep the chosen columns of a pass."""
+        if choice.moves:
+            tail = self.states[:, :, :, self.begin + choice.length :]  # (parts, 1, heads, nodes, size)
+            kept = tail.index_select(3, choice.index.on(tail.device)[0])
+            tail[:, :, :, : kept.shape[3]] = kept
+        self.rollback(choice.new_length)
 
-        Args:
-            length (`int`):
-                Columns before the pass.
-            path (`torch.LongTensor` of shape `(kept,)`, *optional*):
-                Places of the columns to keep.
-            kept (`int`):
-                How many are kept.
-        """
-        if path is not None:
-            tail = self.states[:, :, :, self.begin + length :]
-            tail[:, :, :, :kept] = tail.index_select(3, path.to(tail.device))
-        self.cut(length + kept)
-
-    def cut(self, length: int) -> None:
+    def rollback(self, length: int) -> None:
         """Drop all columns but the first."""
         self.lengths = [length] * len(self.lengths)
 
     def trim(self, columns: int) -> None:
-        """Drop columns at the front."""
-        self.begin += columns
-        self.lengths = [length - columns for length in self.lengths]
+        """Keep the last columns."""
+        self.begin += self.lengths[0] - columns
+        self.rollback(columns)
         self._views_of = None
 
     def _reserve(self, columns: int) -> None:
@@ -155,8 +149,10 @@ def _groups(cache: Cache) -> Iterator[list[int]]:
     """Yield the places of layers that can share a storage."""
     alike: dict[tuple, list[int]] = {}
     for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.is_initialized and layer.keys.shape == layer.values.shape:
-            alike.setdefault((layer.keys.shape, layer.keys.dtype, layer.keys.device), []).append(place)
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            keys, values = ((part.shape, part.dtype, part.device) for part in (layer.keys, layer.values))
+            if keys == values:
+                alike.setdefault(keys, []).append(place)
     for places in alike.values():
         yield from (places[start : start + LAYERS] for start in range(0, len(places), LAYERS))
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_treeflash import storage
+from hf_treeflash.layers import Choice
 from tests.families.checks import assert_same_cache, drafter_for, own_columns
 from tests.tiny import prompt, tiny_target
 
@@ -83,16 +84,16 @@ def test_passes_see_what_was_kept_and_trimmed(sizes):
         cache.update(states, -states, place)
     storages = storage.share(cache)
     for _ in range(12):
-        new, kept = [torch.randn(1, 2, 4, 8) for _ in expected], torch.tensor([0, 2])
+        new = [torch.randn(1, 2, 4, 8) for _ in expected]
         for place, (before, states) in enumerate(zip(expected, new, strict=True)):
             keys, values = cache.update(states, -states, place)
             whole = torch.cat([before, states], dim=2)
             assert torch.equal(keys, whole) and torch.equal(values, -whole)
         for part in storages:
-            part.commit(length, kept, 2)
-            part.trim(1)
+            part.commit(Choice([[0, 2]], length, 4))
+            part.trim(length + 1)
         expected = [
-            torch.cat([before, states[:, :, kept]], dim=2)[:, :, 1:]
+            torch.cat([before, states[:, :, [0, 2]]], dim=2)[:, :, 1:]
             for before, states in zip(expected, new, strict=True)
         ]
         length += 1

@@ -1,0 +1,61 @@
+"""Rows that leave a batch and come back: what a given cache holds when texts are cut, or when a call breaks off."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_treeflash.layers import Uploaded
+from tests.families.checks import assert_same_cache, drafter_for, ending_at, own_columns
+from tests.generation.test_batch import OwnLimit, padded
+from tests.tiny import tiny_target
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_sliding", "mistral"])
+def test_rows_that_were_written_further_than_the_text_are_cut_back(family):
+    """Without an end-of-text id a fast row runs ahead until the slow ones have ended; its window must come back."""
+    target, inputs = tiny_target(family), padded(3)
+    drafter, ahead = drafter_for(target, head=False, tree_budget=32), 0
+    settings = {"do_sample": False, "max_new_tokens": 80, "eos_token_id": None, "return_dict_in_generate": True}
+    for limits in ([20, 17, 31], [60, 24, 18], [18, 20, 19]):
+        plain = target.generate(**inputs, stopping_criteria=[OwnLimit(limits)], **settings)
+        tree = target.generate(**inputs, assistant_model=drafter, stopping_criteria=[OwnLimit(limits)], **settings)
+        assert torch.equal(plain.sequences, tree.sequences)
+        spans = own_columns(plain, inputs["attention_mask"])
+        assert_same_cache(tree.past_key_values, plain.past_key_values, spans)
+        ahead += max(map(sum, tree.acceptance_lengths)) - (plain.sequences.shape[1] - 15)  # the first is prefill's
+    assert ahead > 0  # or the test shows nothing
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_sliding"])
+def test_a_closing_pass_that_raises_leaves_every_row_in_a_given_cache(family):
+    target, inputs = tiny_target(family), padded(3)
+    drafter, calls = drafter_for(target), []
+    settings = {"do_sample": False, "max_new_tokens": 22, "eos_token_id": ending_at(target, inputs, [2, 9])}
+
+    def counting(*args):
+        calls.append(args)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+
+    target.lm_head.register_forward_pre_hook(counting)
+    caches, fails_at = [], -1
+    for _ in range(2):
+        caches.append(DynamicCache(config=target.config))
+        calls.clear()
+        try:
+            target.generate(**inputs, assistant_model=drafter, past_key_values=caches[-1], **settings)
+            fails_at = len(calls)  # the last pass of the same call is the closing one
+        except KeyboardInterrupt:
+            pass
+    whole, broken = caches
+    assert fails_at > 0 and broken.get_seq_length() == whole.get_seq_length()
+    for mine, theirs in zip(broken.layers, whole.layers, strict=True):
+        assert type(mine) is type(theirs) and mine.keys.shape == theirs.keys.shape
+        missing = (mine.keys != theirs.keys).any(dim=(1, 3)).sum(dim=1)
+        assert missing.max() <= 1  # the closing pass adds one column to a row
+
+
+def test_an_index_goes_to_a_device_once():
+    index = Uploaded(torch.tensor([3, 1]))
+    device = torch.device("meta")
+    assert index.on(device) is index.on(device) and index.on(torch.device("cpu")).tolist() == [3, 1]
