@@ -116,14 +116,12 @@ def prepared(name: str, setting: Setting) -> tuple[Any, dict[str, Any]]:
     return arm, {**record, "warm_up_seconds": time.perf_counter() - start}
 
 
-def measure(setting: Setting, names: list[str], repeats: int) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """Time the rounds of every arm in turn, then their stages.
+def measure(setting: Setting, names: list[str], repeats: int, arms: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Time the rounds of every arm in turn, then their stages; `arms` is filled with those that run.
 
-    Yields the figures and the arms that ran: first of those that are at hand, then, after minutes of compilation, of
-    all of them.
+    Yields the figures, first of the arms that are at hand, then, after minutes of compilation, of all of them.
     """
     figures: list[dict[str, Any]] = []
-    arms: dict[str, Any] = {}
     for chosen in (ARMS, CUDA_ARMS):
         both = [prepared(name, setting) for name in names if name in chosen]
         if not both:
@@ -131,7 +129,7 @@ def measure(setting: Setting, names: list[str], repeats: int) -> Iterator[tuple[
         figures += [record for _, record in both]
         arms |= {record["name"]: arm for arm, record in both if arm is not None}
         time_in_turn(figures, arms, repeats, setting.target.device)
-        yield figures, arms
+        yield figures
 
 
 def time_in_turn(figures: list[dict[str, Any]], arms: dict[str, Any], repeats: int, device: torch.device) -> None:
@@ -251,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
                 setting = Setting(target, with_knobs(drafter, tree_budget=budget, **knobs), context, args.accepted)
                 result = {"context": context, "budget": budget, "bytes": least_bytes(setting)}
                 record["results"].append(result)
-                for result["arms"], arms in measure(setting, args.arms, args.repeats):
+                arms: dict[str, Any] = {}
+                for result["arms"] in measure(setting, args.arms, args.repeats, arms):
                     write(record, args.json)
             print(table(record, result, tau), end="\n\n", flush=True)
             if args.profile:  # last, as it may fail where the figures stand
