@@ -30,6 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-candidates", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--prompt-lookup", type=int, help="add every tree once more with this many looked-up tokens")
     parser.add_argument("--static", action="store_true", help="all but the chain once more over static caches")
+    parser.add_argument("--arms", nargs="+", help="beginnings of names; all by default. The first arm always runs")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
@@ -71,12 +72,15 @@ def main(argv: list[str] | None = None) -> None:
     target, tokenizer, drafter = load_pair(args.target, args.drafter, device=args.device, dtype=args.dtype)
     listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
     prompts = [encode_prompt(tokenizer, entry["prompt"], args.thinking) for entry in listed]
+    ways = arms(drafter, args.tree_budgets, args.num_candidates, args.prompt_lookup, args.static)
+    if args.arms:
+        ways = [ways[0], *(arm for arm in ways[1:] if arm.name.startswith(tuple(args.arms)))]
     record = {**describe_pair(target, tokenizer, drafter, args.thinking), "results": []}
     for temperature in args.temperatures:
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         result = compare(
             target,
-            arms(drafter, args.tree_budgets, args.num_candidates, args.prompt_lookup, args.static),
+            ways,
             prompts,
             task=args.task or args.prompts.stem,
             max_new_tokens=args.max_new_tokens,

@@ -60,8 +60,11 @@ class Case(NamedTuple):
     ways: dict[str, Way]
 
 
-def all_cases(sizes: Sizes, device: torch.device, names: list[str] | None) -> Iterator[Case]:
+def all_cases(
+    sizes: Sizes, device: torch.device, names: list[str] | None = None, with_flex: bool = True
+) -> Iterator[Case]:
     """Make the cases one after the other, so that no two occupy the device's memory together."""
+    attention = functools.partial(tree_attention, with_flex=with_flex)
     makers: list[tuple[str, Callable[..., Case], list[tuple]]] = [
         ("K1 tree attention", attention, [(context, nodes) for context in sizes.contexts for nodes in sizes.budgets]),
         ("K2 head selection", selection, [()]),
@@ -93,7 +96,7 @@ def random_tree(sizes: Sizes, nodes: int, device: torch.device) -> Tree:
     return kernels.build_tree_reference(*random_transitions(sizes, device), nodes)
 
 
-def attention(sizes: Sizes, device: torch.device, context: int, nodes: int) -> Case:
+def tree_attention(sizes: Sizes, device: torch.device, context: int, nodes: int, with_flex: bool) -> Case:
     words = random_tree(sizes, nodes, device).ancestor_words
     group, slots = sizes.heads // sizes.kv_heads, context + nodes
     query = torch.randn(1, sizes.heads, nodes, sizes.head_dim, dtype=sizes.dtype, device=device)
@@ -111,17 +114,6 @@ def attention(sizes: Sizes, device: torch.device, context: int, nodes: int) -> C
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return output.transpose(1, 2).contiguous()
 
-    def sees(batch, head, node, slot):
-        column = slot - prefix[batch]
-        return (column < 0) | ancestors[node, column.clamp(0, nodes - 1)]
-
-    block_mask = create_block_mask(sees, 1, None, nodes, slots, device=device.type)
-    flex = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
-
-    def flexible(**options) -> torch.Tensor:
-        output = flex(query, key, value, block_mask=block_mask, enable_gqa=True, kernel_options=options or None)
-        return output.transpose(1, 2).contiguous()
-
     ways = {"oracle": Way(lambda: kernels.tree_attention_reference(*inputs, 1))}
     for splits in SPLITS:
         chosen = ", the default" if splits == kernels.default_num_splits(query, key) else ""
@@ -129,12 +121,30 @@ def attention(sizes: Sizes, device: torch.device, context: int, nodes: int) -> C
         ways[f"kernel, {splits} splits{chosen}"] = Way(run)
     ways["repeat_kv + SDPA"] = Way(repeated)  # what transformers does when there is a mask
     ways["SDPA, grouped"] = Way(grouped)
-    if device.type == "cuda":
-        ways["FlexAttention"] = Way(flexible)
-        ways["FlexAttention, 4 splits of 64 rows"] = Way(functools.partial(flexible, SPLIT_KV=4, BLOCK_M=64))
-    else:
-        ways["FlexAttention, not compiled"] = Way(flexible)
+    if with_flex:
+        ways |= flex_ways(query, key, value, ancestors, context)
     return Case("", {"context": context, "nodes": nodes}, ways)
+
+
+def flex_ways(query, key, value, ancestors: torch.Tensor, context: int) -> dict[str, Way]:
+    """FlexAttention over a block mask, compiled on a GPU; `ancestors` says which nodes a node sees."""
+    device, nodes = query.device, query.shape[2]
+
+    def sees(batch, head, node, slot):
+        column = slot - context
+        return (column < 0) | ancestors[node, column.clamp(0, nodes - 1)]
+
+    block_mask = create_block_mask(sees, 1, None, nodes, key.shape[2], device=device.type)
+    flex = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+
+    def flexible(**options) -> torch.Tensor:
+        output = flex(query, key, value, block_mask=block_mask, enable_gqa=True, kernel_options=options or None)
+        return output.transpose(1, 2).contiguous()
+
+    if device.type != "cuda":
+        return {"FlexAttention, not compiled": Way(flexible)}
+    split = functools.partial(flexible, SPLIT_KV=4, BLOCK_M=64)
+    return {"FlexAttention": Way(flexible), "FlexAttention, 4 splits of 64 rows": Way(split)}
 
 
 def selection(sizes: Sizes, device: torch.device) -> Case:

@@ -44,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", help="beginnings of names, such as K1; all by default")
     parser.add_argument("--contexts", type=int, nargs="+", help="tokens before the tree")
     parser.add_argument("--budgets", type=int, nargs="+", help="nodes per tree")
+    parser.add_argument("--without-flex", action="store_true", help="leave FlexAttention out, which compiles long")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         "results": [],
     }
     with torch.no_grad():
-        for result in measure(all_cases(sizes, device, args.cases), device, args.repeats):
+        for result in measure(all_cases(sizes, device, args.cases, not args.without_flex), device, args.repeats):
             record["results"].append(result)
             print(table(result), end="\n\n", flush=True)
             if args.json:  # after every case: a long run that is stopped keeps what it has

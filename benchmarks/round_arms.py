@@ -39,7 +39,15 @@ class Setting(NamedTuple):
     accepted: int
 
 
-class Vanilla:
+class Arm:
+    """A way to run a round."""
+
+    def fallen_back(self) -> str | None:
+        """Return why what ran is not what the arm is called; None if it is."""
+        return None
+
+
+class Vanilla(Arm):
     """A step of plain decoding: one token."""
 
     accepted = 1
@@ -59,7 +67,7 @@ class Vanilla:
             int(outputs.logits[0, -1].argmax())
 
 
-class Eager:
+class Eager(Arm):
     """Our loop over dynamic caches, as `TreeDecoding` runs it for one row."""
 
     def __init__(self, setting: Setting):
@@ -99,7 +107,7 @@ class Eager:
             prefix.rollback()
 
 
-class Reference:
+class Reference(Arm):
     """A round the way the method was first published, in our own words.
 
     A dense additive mask, for which transformers repeats keys and values; all hidden states kept; an unfactored head

@@ -1,7 +1,8 @@
 """Rounds over static caches that `round.py` times, and the plain step to hold them against in the same mode."""
 
 import torch
-from round_arms import Setting, Stage, random_cache, unread
+from round_arms import Arm, Setting, Stage, random_cache, unread
+from torch._inductor import cudagraph_trees
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
 from hf_treeflash.candidate_generator import TreeFlashCandidateGenerator
@@ -12,7 +13,7 @@ from hf_treeflash.static.round import StaticRound
 from hf_treeflash.static.sessions import round_up
 
 
-class Static:
+class Static(Arm):
     """The round of `cache_implementation="static"`, its models as they are."""
 
     compiled = graphed = False
@@ -59,6 +60,18 @@ class Static:
         for tensor, before in zip(self.static.state, self.before, strict=True):
             tensor.copy_(before)
 
+    def fallen_back(self) -> str | None:
+        launcher = self.launcher
+        if launcher.failure is not None:
+            return launcher.failure
+        if self.static.device.type == "cuda" and not self.static.by_kernel:
+            return "tree attention did not run as a kernel"
+        if self.compiled and not (launcher.compiled and launcher.steps_compiled):
+            return "the models run uncompiled"
+        if self.graphed and self.span not in (launcher.graphs or {}):
+            return "no graph was recorded"
+        return None
+
 
 class Compiled(Static):
     """The same with both models compiled."""
@@ -72,7 +85,7 @@ class Graphed(Static):
     compiled = graphed = True
 
 
-class GraphedVanilla:
+class GraphedVanilla(Arm):
     """A step of plain decoding over a static cache, compiled and graphed as transformers does it."""
 
     accepted = 1
@@ -80,7 +93,7 @@ class GraphedVanilla:
 
     def __init__(self, setting: Setting):
         self.context = setting.context
-        self.cache = StaticCache(config=setting.target.config, max_cache_len=round_up(setting.context + 64))
+        self.cache = StaticCache(config=setting.target.config, max_cache_len=setting.context + 64)
         for layer, random in zip(self.cache.layers, random_cache(setting.target, setting.context).layers, strict=True):
             layer.update(random.keys, random.values)
         self.token = torch.tensor([[7]], device=setting.target.device)
@@ -90,6 +103,14 @@ class GraphedVanilla:
     def round(self, stage: Stage) -> None:
         outputs = self.step(self.token, position_ids=self.position, **{CACHE: self.cache}, logits_to_keep=1)
         int(outputs.logits[0, -1].argmax())
+
+    def fallen_back(self) -> str | None:
+        if not self.token.is_cuda:
+            return "there are no graphs without a CUDA device"
+        skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+        manager = cudagraph_trees.get_manager(self.token.get_device(), create_if_none_exists=False)
+        recorded = manager is not None and any(manager.roots.values())
+        return None if recorded and not skips else f"inductor recorded {int(recorded)} graphs and skipped {skips}"
 
     def rewind(self) -> None:
         for layer in self.cache.layers:
