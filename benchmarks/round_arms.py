@@ -13,7 +13,8 @@ from hf_treeflash import candidate_generator
 from hf_treeflash.cache import PrefixCache
 from hf_treeflash.candidate_generator import TreeFlashCandidateGenerator
 from hf_treeflash.compat import CACHE
-from hf_treeflash.context import Context, tapped_states
+from hf_treeflash.context import Context
+from hf_treeflash.taps import tapped_states
 from hf_treeflash.transitions import Transitions
 from hf_treeflash.tree import build_tables, tree_from_tables
 from hf_treeflash.verify import Verifier, additive_mask, walk
@@ -98,7 +99,7 @@ class Eager(Arm):
             path = walk(self.tree.children[0], follow_best(self.tree.children[0], self.wanted), never).path
         with stage("commit"):
             self.prefix.commit([path], tail=self.tree.token_ids.shape[1])
-            Context.of_paths(taps.pop(), self.position, [path])
+            Context.of_paths(taps.take(outputs), self.position, [path])
         self.accepted = len(path)
 
     def rewind(self) -> None:

@@ -1,8 +1,5 @@
-"""What the drafter reads: the target's states, taken by hooks, from the prompt to the last accepted path."""
+"""What the drafter reads: the target's states, from the prompt to the last accepted path."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -113,47 +110,6 @@ class Context(NamedTuple):
         )
 
 
-@contextmanager
-def tapped_states(target, layer_ids: list[int]) -> Iterator[list[torch.Tensor]]:
-    """Collect the target's states at some layers while the context is open.
-
-    Hooks see every version of transformers alike and keep nothing but these layers. Only forwards of the calling
-    thread are collected, so several threads can share a target.
-
-    Args:
-        target ([`PreTrainedModel`]):
-            The target.
-        layer_ids (`list[int]`):
-            Zero-based decoder layers; the last layer's state is taken after the final norm, as transformers counts.
-
-    Yields:
-        `list[torch.Tensor]`: Grows by one entry of shape `(batch, length, taps * hidden_size)` per forward.
-    """
-    decoder = target.get_decoder()
-    owner, states, collected = threading.get_ident(), {}, []
-
-    def keep(layer_id: int):
-        def hook(module, args, output):
-            if threading.get_ident() != owner:
-                return
-            states[layer_id] = output[0] if isinstance(output, tuple) else output
-            if len(states) == len(set(layer_ids)):
-                device = states[layer_ids[0]].device
-                collected.append(torch.cat([states[i].to(device) for i in layer_ids], dim=-1))
-                states.clear()
-
-        return hook
-
-    final = len(decoder.layers) - 1
-    modules = {i: decoder.norm if i == final else decoder.layers[i] for i in layer_ids}
-    handles = [module.register_forward_hook(keep(i)) for i, module in modules.items()]
-    try:
-        yield collected
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def count_positions(attention_mask: torch.Tensor | None, length: int, like: torch.Tensor) -> torch.Tensor:
     """Number the tokens of each row from 0, padding aside; `(batch or 1, length)`."""
     if attention_mask is None:
@@ -176,4 +132,4 @@ def recall_context(cache: Cache, drafter) -> tuple[PrefixCache, Context] | None:
     return (prefix, pending) if intact else None
 
 
-__all__ = ["Context", "count_positions", "recall_context", "remember_context", "tapped_states"]
+__all__ = ["Context", "count_positions", "recall_context", "remember_context"]

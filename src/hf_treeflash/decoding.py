@@ -10,7 +10,7 @@ from .budget import auto_budget
 from .cache import PrefixCache, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
 from .compat import CACHE
-from .context import Context, recall_context, remember_context, tapped_states
+from .context import Context, recall_context, remember_context
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
@@ -18,6 +18,7 @@ from .outputs import Recorder
 from .round_state import RoundState
 from .rows import Rows
 from .sequences import Sequences
+from .taps import Taps, tapped_states
 from .tree import DraftTree, root_only
 from .verify import Verdict, Verifier, walk
 
@@ -92,16 +93,16 @@ class TreeDecoding:
                 state.prefix.restore_rows()
                 raise
 
-    def prefill(self, taps: list[torch.Tensor]) -> RoundState:
+    def prefill(self, taps: Taps) -> RoundState:
         """Run the target over the prompt as plain decoding does, and choose the first token.
 
         Args:
-            taps (`list[torch.Tensor]`):
+            taps ([`Taps`]):
                 Where the pass leaves the states that the drafter reads.
         """
         kwargs = self.model_kwargs
         earlier = recall_context(kwargs[CACHE], self.drafter)
-        outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs)
+        outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs | taps.model_kwargs)
         self.recorder.prefill(outputs)
         cache, mask, batch = outputs[CACHE], kwargs.get("attention_mask"), len(self.input_ids)
         outlives = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
@@ -111,7 +112,7 @@ class TreeDecoding:
             Rows(batch) if outlives else None,
             rewinds=batch > 1 and not self.sequences.pads,
         )
-        state = RoundState.after_prompt(self.input_ids, mask, kwargs["position_ids"], prefix, taps)
+        state = RoundState.after_prompt(self.input_ids, mask, kwargs["position_ids"], prefix, taps.take(outputs), taps)
         if earlier is not None:
             self.generator.prefix, pending = earlier
             state.pending = [Context.joined([pending, *state.pending])]
@@ -153,8 +154,9 @@ class TreeDecoding:
             limit = torch.tensor(room, device=tree.depths.device)[:, None] - 1  # (rows, 1)
             tree = dataclasses.replace(tree, depths=tree.depths.minimum(limit))
         state.taps.clear()  # of what processors ran the target for
-        outputs = self.verifier(tree, state.prefix, state.positions, self.forward_kwargs)
-        return outputs, state.taps.pop()
+        kwargs = self.forward_kwargs | state.taps.model_kwargs
+        outputs = self.verifier(tree, state.prefix, state.positions, kwargs)
+        return outputs, state.taps.take(outputs)
 
     @property
     def forward_kwargs(self) -> dict:

@@ -6,6 +6,7 @@ import torch
 
 from .cache import PrefixCache
 from .context import Context, count_positions
+from .taps import Taps
 from .verify import Verdict
 
 
@@ -26,8 +27,8 @@ class RoundState:
             The target's cache of all that stands before the anchors.
         pending (`list[Context]`):
             Target states the drafter has not read yet, oldest first.
-        taps (`list[torch.Tensor]`):
-            Where the target's passes leave the states that the drafter reads, see [`tapped_states`].
+        taps ([`Taps`]):
+            Where the target's passes leave the states that the drafter reads.
         prompt_columns (`int`), first_positions (`torch.LongTensor` of shape `(..., batch)`):
             Columns of the prompt, and where each row of the call went on behind it; neither changes.
     """
@@ -38,7 +39,7 @@ class RoundState:
     text_positions: torch.Tensor
     prefix: PrefixCache
     pending: list[Context]
-    taps: list[torch.Tensor]
+    taps: Taps
     prompt_columns: int
     first_positions: torch.Tensor
 
@@ -49,7 +50,8 @@ class RoundState:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         prefix: PrefixCache,
-        taps: list[torch.Tensor],
+        states: torch.Tensor,
+        taps: Taps,
     ) -> "RoundState":
         """Return the state once the target has read the prompts, whose last tokens are the anchors.
 
@@ -60,16 +62,16 @@ class RoundState:
                 As the target takes them.
             prefix ([`PrefixCache`]):
                 The target's cache, after the prompts.
-            taps (`list[torch.Tensor]`):
-                What the target's passes over the prompts left.
+            states (`torch.Tensor` of shape `(batch, length, taps * hidden_size)`):
+                The target's at the tokens it read, as the drafter reads them.
+            taps ([`Taps`]):
+                Where they came from, and later ones will.
         """
         batch = input_ids.shape[0]
         valid = None if attention_mask is None else attention_mask.bool()
         text_ids = position_ids
         if position_ids.ndim > 2:  # models with several position axes still have the drafter count tokens
             text_ids = count_positions(attention_mask, prefix.length, position_ids)
-        states = torch.cat(taps, dim=1)  # (batch, length, taps * hidden_size); long prompts are read in chunks
-        taps.clear()
         length = states.shape[1]
         read = text_ids[:, -length:].expand(batch, -1)
         context = Context(states, read, [length] * batch, None if valid is None else valid[:, -length:])

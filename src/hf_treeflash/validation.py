@@ -8,6 +8,7 @@ from transformers.generation import GenerationMode
 from .candidate_generator import DraftingKnobs
 from .compat import CACHE
 from .draft_head import check_head, home_of
+from .taps import decoder_layers
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -43,12 +44,13 @@ def check_pair(target, drafter) -> None:
                 f"The drafter does not fit this target: its `{field}` is {getattr(draft, field)}, the target's is "
                 f"{getattr(config, field)}. Load the drafter that was trained for this target."
             )
-    if max(draft.target_layer_ids) >= config.num_hidden_layers:
+    count = len(decoder_layers(target) or ())  # some configs count otherwise
+    if max(draft.target_layer_ids) >= count:
         raise ValueError(
             f"The drafter reads target layer {max(draft.target_layer_ids)} (`target_layer_ids`), but this target has "
-            f"{config.num_hidden_layers} layers, 0 to {config.num_hidden_layers - 1}."
+            f"{count} layers, 0 to {count - 1}."
         )
-    if draft.num_target_layers not in (None, config.num_hidden_layers):
+    if draft.num_target_layers not in (None, count, config.num_hidden_layers):
         raise ValueError(
             f"The drafter was made for a target of {draft.num_target_layers} layers (`num_target_layers`), this one "
             f"has {config.num_hidden_layers}."
@@ -74,8 +76,10 @@ def check_target(target) -> None:
         )
     if getattr(config, "attention_chunk_size", None) is not None:
         raise ValueError(f"{type(target).__name__} uses chunked attention, which a tree does not fit into.")
-    if not hasattr(target.get_decoder(), "layers"):
-        raise ValueError(f"{type(target).__name__} does not keep its decoder layers in `layers`, where drafters read.")
+    if decoder_layers(target) is None:
+        raise ValueError(
+            f"{type(target).__name__} does not keep its decoder layers in `layers` or `h`, where drafters read."
+        )
     if home_of(target.get_input_embeddings()).type == "meta":
         raise ValueError("The target has no weights: it is on the meta device. Load it with `from_pretrained`.")
     if "position_ids" not in inspect.signature(target.forward).parameters:

@@ -11,7 +11,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from ..candidate_generator import TreeFlashCandidateGenerator
-from ..context import Context, tapped_states
+from ..context import Context
+from ..taps import tapped_states
 from ..tree import DraftTree
 from .compare import RoundRecorder, compare, standard_arms, table_rows
 from .pairs import load_pair
@@ -122,10 +123,10 @@ def show_round(target, tokenizer, drafter, prompt: torch.Tensor, rounds: list[li
 @torch.no_grad()
 def draft_after(target, drafter, ids: torch.Tensor) -> DraftTree:
     """Draft the tree that follows a text of shape `(1, length)`, as the round after it would."""
-    with tapped_states(target, drafter.config.target_layer_ids) as states:
-        target(input_ids=ids[:, :-1], use_cache=False)
+    with tapped_states(target, drafter.config.target_layer_ids) as taps:
+        outputs = target(input_ids=ids[:, :-1], use_cache=False, **taps.model_kwargs)
     length = ids.shape[1] - 1
-    context = Context(states[0], torch.arange(length, device=ids.device)[None], [length])
+    context = Context(taps.take(outputs), torch.arange(length, device=ids.device)[None], [length])
     generator = TreeFlashCandidateGenerator(drafter, target.get_input_embeddings(), target.get_output_embeddings())
     return generator.draft_tree(ids[:, -1], context)
 

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import torch
 from transformers.utils import logging
 
-from ..context import tapped_states
 from ..decoding import TreeDecoding
 from ..round_state import RoundState
+from ..taps import tapped_states
 from .coverage import why_dynamic
 from .launch import Launcher
 from .round import StaticRound

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..candidate_generator import without_embed_norm
-from ..context import tapped_states
+from ..taps import tapped_states
 from .masks import attention_masks
 
 
@@ -46,9 +46,9 @@ def target_states(target, input_ids: torch.Tensor, layer_ids: list[int]) -> tupl
         `tuple[torch.Tensor, torch.Tensor]`: States at the tapped layers, captured as `generate` captures them, of
         shape `(batch, length, taps * hidden_size)`, and the final states of shape `(batch, length, hidden_size)`.
     """
-    with torch.no_grad(), tapped_states(target, layer_ids) as collected:
-        final = target.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    return collected.pop(), final
+    with torch.no_grad(), tapped_states(target, layer_ids) as taps:
+        outputs = target.get_decoder()(input_ids=input_ids, use_cache=False, **taps.model_kwargs)
+    return taps.take(outputs), outputs.last_hidden_state
 
 
 def make_blocks(drafter, target, batch: dict[str, torch.Tensor], with_head: bool) -> Blocks:
