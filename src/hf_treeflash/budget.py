@@ -3,9 +3,9 @@
 import weakref
 from dataclasses import dataclass, field
 
+from .knobs import AUTO_SIZES
 from .tree import DraftTree
 
-SIZES = (8, 16, 32, 64)
 PLAIN = 1  # a tree of the root alone: no draft, one token
 RESTS = (64, 256)  # rounds of the longest rest, at first and after failing again and again
 
@@ -63,7 +63,7 @@ class AutoBudget:
     @property
     def limit(self) -> int:
         """Nodes worth drafting in the coming round: one size more than was picked last."""
-        return next((size for size in SIZES if size > self.picked), SIZES[-1])
+        return next((size for size in AUTO_SIZES if size > self.picked), AUTO_SIZES[-1])
 
     def size(self, tree: DraftTree) -> int:
         """Return how many of a tree's nodes to verify; nodes stand best first, so any number is a tree.
@@ -74,7 +74,7 @@ class AutoBudget:
         """
         available = tree.token_ids.shape[1]
         gains = tree.path_log_probs[:, 1:].exp().mean(dim=0).cumsum(0).tolist()
-        foreseen = {size: gains[size - 2] for size in SIZES if size <= available}
+        foreseen = {size: gains[size - 2] for size in AUTO_SIZES if size <= available}
         foreseen = foreseen or {available: gains[-1] if gains else 0.0}
         trust = self.learnt.accepted / self.learnt.foreseen
         best, best_rate = min(foreseen), 0.0
@@ -117,7 +117,7 @@ class AutoBudget:
         learnt.foreseen = 0.95 * learnt.foreseen + promised + 1e-3
         self.rounds += 1
         self.tokens = 0.85 * self.tokens + seen
-        self.elapsed = 0.85 * self.elapsed + self._estimate(size if size > PLAIN else min(SIZES))
+        self.elapsed = 0.85 * self.elapsed + self._estimate(size if size > PLAIN else min(AUTO_SIZES))
         self._consider_a_rest()
 
     def _estimate(self, size: int) -> float:
@@ -151,4 +151,4 @@ class AutoBudget:
             self.rounds, self.tokens, self.elapsed = 1, 0.0, 0.0  # the next time one clear loss is enough
 
 
-__all__ = ["PLAIN", "SIZES", "AutoBudget", "auto_budget"]
+__all__ = ["PLAIN", "AutoBudget", "auto_budget"]

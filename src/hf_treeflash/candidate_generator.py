@@ -1,7 +1,7 @@
 """From the target's states to a draft tree: context features, one drafting pass, the builder."""
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,61 +10,15 @@ from transformers.generation import CandidateGenerator
 from transformers.utils import logging
 
 from .attention import additive_mask, attention_windows, seen_by_block
-from .budget import SIZES
 from .cache import PrefixCache
-from .configuration_treeflash import DRAFTING_DEFAULTS
 from .context import Context
 from .draft_head import DraftHead, check_head, home_of
+from .knobs import DraftingKnobs
 from .lookahead import Lookahead
 from .lookup import graft
 from .tree import DraftTree, build_tables, build_tree, tree_from_tables
 
 logger = logging.get_logger(__name__)
-
-
-class DraftingKnobs(NamedTuple):
-    """The drafting settings of `drafter.generation_config`, checked; an automatic budget as its largest size."""
-
-    tree_budget: int
-    num_candidates: int
-    branching: int
-    draft_temperature: float
-    draft_window: int | None
-    draft_lm_head: str | None
-    draft_vocab: int | None
-    is_auto: bool
-
-    @classmethod
-    def read(cls, generation_config: GenerationConfig) -> "DraftingKnobs":
-        """Read the knobs, refusing impossible values and misspelt names.
-
-        Raises:
-            ValueError: Naming the knob.
-        """
-        known = set(vars(GenerationConfig())) | set(DRAFTING_DEFAULTS)
-        unknown = [name for name in vars(generation_config) if name not in known and not name.startswith("_")]
-        if unknown:
-            raise ValueError(
-                f"Unknown drafting knob `{unknown[0]}` in the drafter's generation_config; "
-                f"the knobs are {', '.join(DRAFTING_DEFAULTS)}."
-            )
-        values: dict[str, Any] = {
-            name: getattr(generation_config, name, default) for name, default in DRAFTING_DEFAULTS.items()
-        }
-        is_auto = values["tree_budget"] == "auto"
-        values["tree_budget"] = max(SIZES) if is_auto else values["tree_budget"]
-        integers = {"tree_budget": 2, "num_candidates": 1, "branching": 1}
-        integers |= {name: 1 for name in ("draft_window", "draft_vocab") if values[name] is not None}
-        for name, least in integers.items():
-            if type(values[name]) is not int or values[name] < least:
-                auto = ", or 'auto'" if name == "tree_budget" else ""
-                raise ValueError(f"`{name}` must be an integer of at least {least}{auto}, got {values[name]!r}.")
-        temperature = values["draft_temperature"]
-        if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-            raise ValueError(f"`draft_temperature` must be a positive number, got {temperature!r}.")
-        if values["draft_lm_head"] not in (None, "float8"):
-            raise ValueError(f"`draft_lm_head` must be 'float8' or None, got {values['draft_lm_head']!r}.")
-        return cls(**values, is_auto=is_auto)
 
 
 class TreeFlashCandidateGenerator(CandidateGenerator):
@@ -145,10 +99,8 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             position_ids=torch.cat([context.position_ids, block], dim=1).to(self.device),
             attention_mask=self._mask(context),
             cache=self.prefix.cache,
-            num_candidates=self.knobs.num_candidates,
-            branching=self.knobs.branching,
-            temperature=self.knobs.draft_temperature * self.temperature,
-            draft_vocab=self.knobs.draft_vocab,
+            knobs=self.knobs,
+            temperature=self.temperature,
             # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes. The anchor's
             # row comes on top: products of 17 rows cost a quarter more than of 16.
             on_demand=budget - 1 if self.device.type == "cpu" else None,
@@ -254,4 +206,4 @@ def without_embed_norm(embedding: nn.Module) -> nn.Module:
     return bare
 
 
-__all__ = ["DraftingKnobs", "TreeFlashCandidateGenerator"]
+__all__ = ["TreeFlashCandidateGenerator"]

@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
+from .configuration_treeflash import TreeFlashConfig
+from .knobs import KNOB_DEFAULTS
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Tensors an official TreeFlash file names differently; DFlash files need none of it.
@@ -222,7 +223,7 @@ def _stored_knobs(name: str, stored: dict, hub: dict) -> GenerationConfig:
         knobs = GenerationConfig.from_pretrained(name, **hub)
     else:
         knobs = GenerationConfig()
-    defaults = dict(DRAFTING_DEFAULTS)
+    defaults = dict(KNOB_DEFAULTS)
     budget = (stored.get("treeflash_config") or {}).get("candidate_tokens", stored.get("candidate_tokens"))
     if budget is not None:
         defaults["tree_budget"] = budget

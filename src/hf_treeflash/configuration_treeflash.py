@@ -1,20 +1,7 @@
 """Configuration of TreeFlash drafters."""
 
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-
-# How a drafter drafts, and the values a new one starts with. They live on `drafter.generation_config`.
-DRAFTING_DEFAULTS: dict[str, Any] = {
-    "tree_budget": 64,  # nodes per verify pass, root included, or "auto"
-    "num_candidates": 16,  # previous tokens considered per slot
-    "branching": 16,  # next tokens considered per previous token
-    "draft_temperature": 1.0,  # of the draft, on top of the temperature of the call
-    "draft_window": None,  # committed tokens the drafter looks back on; None: all
-    "draft_lm_head": None,  # "float8": draft with an eight-bit copy of the target's output layer
-    "draft_vocab": None,  # likely tokens of each slot that may follow a candidate; None: the whole vocabulary
-}
 
 
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .knobs import DraftingKnobs
+
 Head = Callable[..., torch.Tensor]
 
 # The float8 copy of each layer and the state of the weight it was made from; dropped with the layer.
@@ -178,7 +180,7 @@ def float8_copy(lm_head: nn.Module) -> Float8Rows:
     return copy
 
 
-def check_head(lm_head: Any, knobs) -> None:
+def check_head(lm_head: Any, knobs: DraftingKnobs) -> None:
     """Refuse knobs that need the rows of the target's output layer where it does not show them.
 
     Raises:

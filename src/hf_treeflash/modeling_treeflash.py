@@ -21,8 +21,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .compat import CACHE
-from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
+from .configuration_treeflash import TreeFlashConfig
 from .draft_head import narrowed
+from .knobs import DEFAULT_KNOBS, KNOB_DEFAULTS, DraftingKnobs
 from .transitions import HeadRows, Transitions, top_log_probs
 
 
@@ -202,7 +203,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         self.ar_head = ARHead(config) if config.ar_head is not None else None
         self.gradient_checkpointing = False
-        self.generation_config = GenerationConfig(**DRAFTING_DEFAULTS)
+        self.generation_config = GenerationConfig(**KNOB_DEFAULTS)
         self.post_init()
 
     def forward(
@@ -308,10 +309,8 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         cache: Cache | None = None,
-        num_candidates: int = 16,
-        branching: int = 16,
+        knobs: DraftingKnobs = DEFAULT_KNOBS,
         temperature: float = 1.0,
-        draft_vocab: int | None = None,
         on_demand: int | None = None,
         **kwargs,
     ) -> Transitions | HeadRows:
@@ -324,15 +323,12 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 See `forward`, like `position_ids`, `attention_mask` and `cache`.
             embed, lm_head (`Callable`):
                 The target's input embedding and output layer.
-            num_candidates (`int`, *optional*, defaults to 16):
-                Previous tokens considered per slot (M).
-            branching (`int`, *optional*, defaults to 16):
-                Next tokens kept per previous token (K).
+            knobs ([`DraftingKnobs`], *optional*):
+                How many candidates and next tokens to consider, and how. With `draft_vocab` only the union of every
+                slot's own `draft_vocab` most likely tokens is scored after each candidate, and probabilities are
+                shares of these; `lm_head` then takes the tokens to score as a second argument.
             temperature (`float`, *optional*, defaults to 1.0):
-                Temperature of the draft distribution.
-            draft_vocab (`int`, *optional*):
-                Score after each candidate only the union of every slot's own `draft_vocab` most likely tokens, and
-                normalise over these; `lm_head` then takes the tokens to score as a second argument. None: all tokens.
+                Of the call, which `draft_temperature` comes on top of.
             on_demand (`int`, *optional*):
                 Compute only about this many rows of the head now and the others when they are asked for; pays where
                 the tree is built on the host beside the drafter.
@@ -344,6 +340,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
         Source: stages 1 and 2 of arXiv 2606.03819.
         """
+        temperature, branching = temperature * knobs.draft_temperature, knobs.branching
         masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))
         hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs)
@@ -354,9 +351,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
         # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
         links = hidden.shape[1] - 1
-        marginals = lm_head(normed[:, :links] if draft_vocab is None else normed)
-        shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], num_candidates, temperature)
-        row_head, vocabulary = narrowed(lm_head, marginals, draft_vocab)
+        marginals = lm_head(normed[:, :links] if knobs.draft_vocab is None else normed)
+        shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], knobs.num_candidates, temperature)
+        row_head, vocabulary = narrowed(lm_head, marginals, knobs.draft_vocab)
 
         def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
             corrected = self.correct(hidden, normed, previous_embeds, slots)

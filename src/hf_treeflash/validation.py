@@ -5,9 +5,9 @@ import inspect
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from .candidate_generator import DraftingKnobs
 from .compat import CACHE
 from .draft_head import check_head, home_of
+from .knobs import DraftingKnobs
 from .taps import decoder_layers
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}

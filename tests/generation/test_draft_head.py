@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_treeflash import draft_head
 from hf_treeflash.draft_head import DraftHead, Float8Rows, float8_copy, narrowed, to_float8, union_of_likely
+from hf_treeflash.knobs import DraftingKnobs
 from tests.generation.test_misuse import refuse
 from tests.model.test_modeling import drafting_inputs
 from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
@@ -78,9 +79,9 @@ def test_a_narrow_vocabulary_is_a_softmax_over_the_union(targets, batch):
         logits = lm_head(states)
         return logits if logits.shape[1] == 6 else logits.masked_fill(outside, float("-inf"))
 
-    knobs = {"num_candidates": 4, "branching": 3, "temperature": 0.7}
-    wanted = drafter.draft(anchors, context, embed, masked, **knobs)
-    got = drafter.draft(anchors, context, embed, DraftHead(lm_head), draft_vocab=2, **knobs)
+    knobs = DraftingKnobs(num_candidates=4, branching=3, draft_temperature=0.7)
+    wanted = drafter.draft(anchors, context, embed, masked, knobs=knobs)
+    got = drafter.draft(anchors, context, embed, DraftHead(lm_head), knobs=knobs._replace(draft_vocab=2))
     assert torch.equal(got.token_ids, wanted.token_ids) and torch.equal(got.next_row, wanted.next_row)
     torch.testing.assert_close(got.log_probs, wanted.log_probs, atol=1e-5, rtol=1e-5)
 
@@ -89,7 +90,7 @@ def test_the_whole_vocabulary_drafts_as_without_the_knob(targets):
     drafter = tiny_drafter()
     anchors, context, embed, lm_head = drafting_inputs(drafter, targets["plain"], batch=2)
     plain = drafter.draft(anchors, context, embed, lm_head)
-    narrow = drafter.draft(anchors, context, embed, DraftHead(lm_head), draft_vocab=VOCAB)
+    narrow = drafter.draft(anchors, context, embed, DraftHead(lm_head), knobs=DraftingKnobs(draft_vocab=VOCAB))
     assert torch.equal(plain.token_ids, narrow.token_ids) and torch.equal(plain.next_row, narrow.next_row)
     torch.testing.assert_close(plain.log_probs, narrow.log_probs, atol=1e-5, rtol=1e-5)
 

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 from hf_treeflash import TreeFlashConfig
+from hf_treeflash.knobs import DraftingKnobs
 from hf_treeflash.tree import build_tree
 from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target
 
@@ -66,7 +67,9 @@ def test_transitions_follow_the_paper_row_by_row():
     drafter, target = tiny_drafter(), tiny_target()
     anchors, context, embed, lm_head = drafting_inputs(drafter, target)
     m, k, temperature = 5, 4, 0.7
-    got = drafter.draft(anchors, context, embed, lm_head, num_candidates=m, branching=k, temperature=temperature)
+    got = drafter.draft(
+        anchors, context, embed, lm_head, knobs=DraftingKnobs(num_candidates=m, branching=k), temperature=temperature
+    )
     noise = embed(torch.tensor([[4, *[3] * 7]]))
     hidden = drafter.backbone(noise, context, None, None, None)[0]
     head, norm = drafter.ar_head, drafter.norm
@@ -92,7 +95,7 @@ def test_zero_head_with_all_candidates_gives_the_marginal_trees(budget):
     zero.load_state_dict(headless.state_dict(), strict=False)
     torch.nn.init.zeros_(zero.ar_head.down_proj.weight)
     inputs = drafting_inputs(zero, target, batch=2)
-    knobs = {"num_candidates": VOCAB, "branching": VOCAB}
+    knobs = {"knobs": DraftingKnobs(num_candidates=VOCAB, branching=VOCAB)}
     with_head = build_tree(zero.draft(*inputs, **knobs), inputs[0], budget)
     without = build_tree(headless.draft(*inputs, **knobs), inputs[0], budget)
     assert torch.equal(with_head.token_ids, without.token_ids) and torch.equal(with_head.parents, without.parents)
@@ -104,7 +107,7 @@ def test_zero_head_with_all_candidates_gives_the_marginal_trees(budget):
 def test_rows_on_demand_give_the_same_trees_from_fewer_rows(batch, m, k, budget, temperature):
     drafter, target = tiny_drafter(), tiny_target()
     inputs = drafting_inputs(drafter, target, batch=batch)
-    knobs = {"num_candidates": m, "branching": k, "temperature": temperature}
+    knobs = {"knobs": DraftingKnobs(num_candidates=m, branching=k), "temperature": temperature}
     whole = build_tree(drafter.draft(*inputs, **knobs), inputs[0], budget)
     for likely in (budget, 2, 0):
         rows = drafter.draft(*inputs, **knobs, on_demand=likely)
@@ -131,7 +134,7 @@ def test_forward_with_previous_tokens_is_the_corrected_state():
     noise = embed(torch.tensor([[4, *[3] * 7]]))
     previous = torch.cat([noise[:, :1], noise[:, :7]], dim=1)
     output = drafter(noise_embeds=noise, context_hidden_states=context, previous_embeds=previous)
-    first = drafter.draft(anchors, context, embed, lm_head, branching=1).token_ids[0, 0, 0]
+    first = drafter.draft(anchors, context, embed, lm_head, knobs=DraftingKnobs(branching=1)).token_ids[0, 0, 0]
     assert lm_head(output.corrected_hidden_state[0, 1]).argmax() == first
     with pytest.raises(ValueError, match="no AR head"):
         tiny_drafter(head=False)(noise_embeds=noise, context_hidden_states=context, previous_embeds=previous)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_treeflash.budget import PLAIN, SIZES, auto_budget
+from hf_treeflash.budget import PLAIN, auto_budget
+from hf_treeflash.knobs import AUTO_SIZES
 from hf_treeflash.tree import NodeTable, root_only, tree_from_tables
 from hf_treeflash.verify import Verdict
 
@@ -71,7 +72,7 @@ def test_a_call_costs_little_where_drafting_does_not_pay():
     ],
 )
 def test_it_keeps_up_with_the_best_fixed_size(seconds, probability, batch):
-    best = min(call(None, seconds, probability, 1000, size, batch)[1] for size in (PLAIN, *SIZES))
+    best = min(call(None, seconds, probability, 1000, size, batch)[1] for size in (PLAIN, *AUTO_SIZES))
     budget = new_budget(batch)
     call(budget, seconds, probability, batch=batch)
     assert call(budget, seconds, probability, 1000, batch=batch)[1] <= 1.05 * best

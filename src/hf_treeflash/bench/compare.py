@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from ..configuration_treeflash import DRAFTING_DEFAULTS
+from ..knobs import KNOB_DEFAULTS
 from .measuring import columns, machine, spread, synchronize
 from .pairs import with_knobs, without_head
 
@@ -41,7 +41,7 @@ class Arm:
         """The drafting knobs this arm runs with; a chain and plain decoding have none."""
         if self.drafter is None or "speculation_type" in self.options:
             return {}
-        return {knob: getattr(self.drafter.generation_config, knob) for knob in DRAFTING_DEFAULTS}
+        return {knob: getattr(self.drafter.generation_config, knob) for knob in KNOB_DEFAULTS}
 
 
 def standard_arms(drafter, **knobs) -> list[Arm]:

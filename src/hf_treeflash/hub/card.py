@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
 from ..bench.compare import table_rows
-from ..candidate_generator import DraftingKnobs
+from ..knobs import DraftingKnobs
 
 logger = logging.get_logger(__name__)
 

@@ -179,10 +179,8 @@ class StaticRound:
                 self.generator.draft_head,
                 position_ids=torch.cat([context, block], dim=1) + self.offsets[:, None],
                 cache=self.drafter_cache,
-                num_candidates=self.knobs.num_candidates,
-                branching=self.knobs.branching,
-                temperature=self.knobs.draft_temperature * self.generator.temperature,
-                draft_vocab=self.knobs.draft_vocab,
+                knobs=self.knobs,
+                temperature=self.generator.temperature,
                 **self.block_attention.arguments(self.lengths, span, self.generator.dtype),
             )
         tables = transitions.token_ids, transitions.log_probs, transitions.next_row

@@ -1,0 +1,83 @@
+"""How a drafter drafts: the names, defaults and limits of the settings on `drafter.generation_config`."""
+
+from typing import Any, NamedTuple
+
+from transformers import GenerationConfig
+
+AUTO_SIZES = (8, 16, 32, 64)  # nodes per tree that an automatic budget chooses from
+LEAST = {"tree_budget": 2, "num_candidates": 1, "branching": 1, "draft_window": 1, "draft_vocab": 1}
+
+
+class DraftingKnobs(NamedTuple):
+    """The drafting settings of a call.
+
+    Attributes:
+        tree_budget (`int`, defaults to 64):
+            Nodes per verify pass, root included; `"auto"` in a generation config, which is read as the largest size.
+        num_candidates (`int`, defaults to 16):
+            Previous tokens considered per slot.
+        branching (`int`, defaults to 16):
+            Next tokens considered per previous token.
+        draft_temperature (`float`, defaults to 1.0):
+            Of the draft, on top of the temperature of the call.
+        draft_window (`int`, *optional*):
+            Committed tokens the drafter looks back on; None: all.
+        draft_lm_head (`str`, *optional*):
+            `"float8"`: draft with an eight-bit copy of the target's output layer.
+        draft_vocab (`int`, *optional*):
+            Likely tokens of each slot that may follow a candidate; None: the whole vocabulary.
+        is_auto (`bool`):
+            Whether the budget is chosen from round to round; no setting of its own.
+    """
+
+    tree_budget: int = 64
+    num_candidates: int = 16
+    branching: int = 16
+    draft_temperature: float = 1.0
+    draft_window: int | None = None
+    draft_lm_head: str | None = None
+    draft_vocab: int | None = None
+    is_auto: bool = False
+
+    @classmethod
+    def read(cls, generation_config: GenerationConfig) -> "DraftingKnobs":
+        """Read the knobs, refusing impossible values and misspelt names.
+
+        Raises:
+            ValueError: Naming the knob.
+        """
+        known = set(vars(GenerationConfig())) | set(KNOB_DEFAULTS)
+        unknown = [name for name in vars(generation_config) if name not in known and not name.startswith("_")]
+        if unknown:
+            raise ValueError(
+                f"Unknown drafting knob `{unknown[0]}` in the drafter's generation_config; "
+                f"the knobs are {', '.join(KNOB_DEFAULTS)}."
+            )
+        values = {name: getattr(generation_config, name, default) for name, default in KNOB_DEFAULTS.items()}
+        is_auto = values["tree_budget"] == "auto"
+        values["tree_budget"] = max(AUTO_SIZES) if is_auto else values["tree_budget"]
+        _check(values)
+        return cls(**values, is_auto=is_auto)
+
+
+DEFAULT_KNOBS = DraftingKnobs()
+# By name, what a new drafter's generation config starts with.
+KNOB_DEFAULTS: dict[str, Any] = {name: value for name, value in DEFAULT_KNOBS._asdict().items() if name != "is_auto"}
+
+
+def _check(values: dict[str, Any]) -> None:
+    for name, least in LEAST.items():
+        value = values[name]
+        if value is None and KNOB_DEFAULTS[name] is None:
+            continue
+        if type(value) is not int or value < least:
+            auto = ", or 'auto'" if name == "tree_budget" else ""
+            raise ValueError(f"`{name}` must be an integer of at least {least}{auto}, got {value!r}.")
+    temperature = values["draft_temperature"]
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise ValueError(f"`draft_temperature` must be a positive number, got {temperature!r}.")
+    if values["draft_lm_head"] not in (None, "float8"):
+        raise ValueError(f"`draft_lm_head` must be 'float8' or None, got {values['draft_lm_head']!r}.")
+
+
+__all__ = ["AUTO_SIZES", "DEFAULT_KNOBS", "KNOB_DEFAULTS", "DraftingKnobs"]
