@@ -7,7 +7,7 @@ PAIR := --target $(TINY)/target --drafter $(TINY)/drafter --prompts $(TINY)/prom
 EXTRAS := cli,plot,train,kernels
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest check bench bench-gpu tiny clean
+.PHONY: demo test test-oldest check bench gpu tiny clean
 
 demo: $(VENV)/installed  ## Generate with the embedded pair, plain and with every way of drafting
 	$(BIN)/hf-treeflash demo
@@ -28,10 +28,9 @@ bench: $(VENV)/installed  ## Speed on the embedded pair: arms, budgets, and wher
 	$(BIN)/python benchmarks/batches.py $(PAIR)
 	$(BIN)/python benchmarks/stages.py $(PAIR)
 
-bench-gpu: $(VENV)/installed  ## On a CUDA device: every kernel, and rounds at the shapes of Qwen3-4B and 8B
-	$(BIN)/python benchmarks/kernel_times.py --json benchmarks/results/kernel_times.json
-	$(BIN)/python benchmarks/round.py --preset qwen3-4b --json benchmarks/results/round_qwen3_4b.json
-	$(BIN)/python benchmarks/round.py --preset qwen3-8b --json benchmarks/results/round_qwen3_8b.json
+gpu: $(VENV)/installed  ## On a CUDA device: exactness, then times of rounds and kernels
+	$(BIN)/python benchmarks/gpu_session.py --part a --out benchmarks/results/gpu
+	$(BIN)/python benchmarks/gpu_session.py --part b --out benchmarks/results/gpu
 
 tiny: $(VENV)/installed  ## Train the embedded pair again
 	$(BIN)/python examples/train_tiny_pair.py

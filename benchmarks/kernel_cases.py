@@ -115,8 +115,9 @@ def tree_attention(sizes: Sizes, device: torch.device, context: int, nodes: int,
         return output.transpose(1, 2).contiguous()
 
     ways = {"oracle": Way(lambda: kernels.tree_attention_reference(*inputs, 1))}
-    for splits in SPLITS:
-        chosen = ", the default" if splits == kernels.default_num_splits(query, key) else ""
+    default = kernels.default_num_splits(query, key)
+    for splits in sorted({*SPLITS, default}):
+        chosen = ", the default" if splits == default else ""
         run = functools.partial(kernels.tree_attention, *inputs, splits)
         ways[f"kernel, {splits} splits{chosen}"] = Way(run)
     ways["repeat_kv + SDPA"] = Way(repeated)  # what transformers does when there is a mask

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from hf_treeflash import candidate_generator
+from hf_treeflash.attention import additive_mask
 from hf_treeflash.cache import PrefixCache
 from hf_treeflash.candidate_generator import TreeFlashCandidateGenerator
 from hf_treeflash.compat import CACHE
@@ -17,7 +18,7 @@ from hf_treeflash.context import Context
 from hf_treeflash.taps import tapped_states
 from hf_treeflash.transitions import Transitions
 from hf_treeflash.tree import build_tables, tree_from_tables
-from hf_treeflash.verify import Verifier, additive_mask, walk
+from hf_treeflash.verify import Verifier, walk
 
 Stage = Callable[[str], AbstractContextManager]
 
