@@ -83,6 +83,17 @@ def test_no_two_states_of_a_pass_go_to_one_slot(target):
     assert (context.amax(dim=1) > block.amax(dim=1)).any()  # there was filler, or the test shows nothing
 
 
+def test_many_suppressed_tokens_are_looked_up_once(target):
+    """`isin` of many tokens waits for the device, which a recorded round cannot."""
+    drafter, settings = drafter_of(), {"suppress_tokens": [*range(4, 20), 1]}
+    static = generate(target, drafter, padded(2), **settings)
+    assert torch.equal(static.sequences, plainly(target, padded(2), **settings))
+    (suppressed,) = the_session(drafter).round.processors
+    suppressed.processor = None
+    again = generate(target, drafter, padded(2, seed=4), **settings)
+    assert torch.equal(again.sequences, plainly(target, padded(2, seed=4), **settings))
+
+
 @pytest.mark.parametrize("windows", [False, True], ids=["full", "windows"])
 def test_the_drafters_attention_by_kernel_is_that_by_masks(target, monkeypatch, windows):
     """Which drafts are accepted tells what the drafter saw; windows reach to both sides, which stays with masks."""
@@ -181,7 +192,7 @@ def test_recording_in_the_middle_of_a_text_changes_nothing(target, monkeypatch):
             self.recorded()
 
     @contextmanager
-    def graph(graph, pool, capture_error_mode):
+    def graph(graph, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"  # other threads may use the device meanwhile
         run = round.run
         round.run = lambda span: setattr(graph, "recorded", lambda: run(span))

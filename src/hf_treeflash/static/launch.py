@@ -115,10 +115,11 @@ class Launcher:
                 restore()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # The outer context returns to this stream where a recording breaks off. Other threads may use the device.
+        # The outer context returns to this stream where a recording breaks off; the stream of torch's own choice stays
+        # on the device of the first recording; and other threads may use the device meanwhile.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
         ):
             self._run(span)
         return graph

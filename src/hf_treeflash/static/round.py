@@ -12,7 +12,7 @@ from ..kernels import Tree, accept, build_tree
 from ..logits_process import TreeLogitsProcessor
 from .attention import BlockAttention, TreeAttention
 from .cache import StaticTreeCache
-from .sampling import Noise, choose
+from .sampling import Noise, choose, without_waits
 
 
 class StaticRound:
@@ -55,7 +55,7 @@ class StaticRound:
         capacity: int,
         ahead: int,
     ):
-        self.target, self.generator, self.processor = target, generator, processor
+        self.target, self.generator, self.processors = target, generator, without_waits(processor.processors)
         self.drafter, self.knobs = generator.drafter, generator.knobs
         config, states = self.drafter.config, cache.layers[0].keys
         self.block, self.device, self.capacity, self.ahead = config.block_size, states.device, capacity, ahead
@@ -203,7 +203,7 @@ class StaticRound:
                 self.target_cache,
                 self.attention.arguments(tree, self.lengths, span),
             )
-        return choose(logits, self.processor, self.noise, depths - self.first[:, None]), states
+        return choose(logits, self.processors, self.noise, depths - self.first[:, None]), states
 
     def commit(self, tree: Tree, choices: torch.Tensor, states: torch.Tensor) -> None:
         """Walk along the choices, keep the path and its states, and say which tokens were emitted."""

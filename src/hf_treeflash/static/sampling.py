@@ -1,8 +1,7 @@
 """The target's choice at every node of a tree at once: argmax, or one draw per depth."""
 
 import torch
-
-from ..logits_process import TreeLogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 
 class Noise:
@@ -52,16 +51,41 @@ class Noise:
         return self.buffer.gather(1, index[..., None].expand(-1, -1, self.buffer.shape[2]))
 
 
+class Suppressed(LogitsProcessor):
+    """Suppresses tokens by a mask made once: looking up many tokens makes the host wait, which nothing recorded can.
+
+    Args:
+        processor ([`SuppressTokensLogitsProcessor`]):
+            What it stands for.
+    """
+
+    def __init__(self, processor: SuppressTokensLogitsProcessor):
+        self.processor = processor
+        self.mask: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        """Process scores of shape `(rows, vocab)`."""
+        if self.mask is None:
+            self.mask = self.processor(input_ids, torch.zeros_like(scores[:1])) < 0
+        return scores.masked_fill(self.mask, float("-inf"))
+
+
+def without_waits(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Return processors that do the same without making the host wait for the device after their first call."""
+    suppressing = SuppressTokensLogitsProcessor
+    return LogitsProcessorList(Suppressed(one) if type(one) is suppressing else one for one in processors)
+
+
 def choose(
-    logits: torch.Tensor, processor: TreeLogitsProcessor, noise: Noise | None, steps: torch.Tensor
+    logits: torch.Tensor, processors: LogitsProcessorList, noise: Noise | None, steps: torch.Tensor
 ) -> torch.Tensor:
     """Choose the token after every node.
 
     Args:
         logits (`torch.Tensor` of shape `(batch, nodes, vocab)`):
             The target's logits.
-        processor ([`TreeLogitsProcessor`]):
-            The call's processors, all independent of the prefix.
+        processors ([`LogitsProcessorList`]):
+            The call's, all independent of the prefix.
         noise ([`Noise`], *optional*):
             For sampling; None takes the argmax.
         steps (`torch.LongTensor` of shape `(batch, nodes)`):
@@ -70,10 +94,10 @@ def choose(
     Returns:
         `torch.LongTensor` of shape `(batch, nodes)`.
     """
-    scores = processor.whole_tree(logits)
+    scores = processors(None, logits.flatten(0, 1).float()).view(logits.shape) if processors else logits
     if noise is None:
         return scores.argmax(dim=-1)
     return (scores.float().softmax(dim=-1) / noise.at(steps)).argmax(dim=-1)
 
 
-__all__ = ["Noise", "choose"]
+__all__ = ["Noise", "choose", "without_waits"]
