@@ -91,7 +91,7 @@ def part_a(out: Path, device: str) -> list[list[Step]]:
         )
 
     return [
-        [step("env", 25, 12)],
+        [step("env", 60, 12)],  # the first to read the libraries from disk
         [
             step("smoke", 100, 35),
             step("graphs", 200, 75),
@@ -99,7 +99,7 @@ def part_a(out: Path, device: str) -> list[list[Step]]:
             compilation("qwen3-4b", 270, 130),
             compilation("qwen3-8b", 280, 150),
         ],
-        [step("cudnn", 25, 12)],
+        [step("cudnn", 40, 12)],
     ]
 
 
@@ -128,7 +128,9 @@ def part_b(out: Path, device: str) -> list[list[Step]]:
 
     profile = SCRATCH / "b_profile.json"
     profiling = rounds(device, "qwen3-4b", 64, profile, "--arms", "graphed", "--repeats", "3", "--profile")
+    roof = SCRATCH / "a_env.json"
     steps = [
+        Step("env", 60, 12, own(device, "env", roof), roof, "found_rows", unless=lambda: bool(roofs())),
         timed("round 4B", "qwen3-4b", 64, 110, 75, four, *plain, "reference", *graphed, "--profile"),
         timed("round 8B", "qwen3-8b", 64, 110, 80, eight, *plain, *graphed),
         Step("kernels K1", 40, 25, [*kernels, "2048", "8192", "--budgets", "16", "64", "--cases", "K1", "--json",
