@@ -31,6 +31,7 @@ CODE = [
 CUSTOM_GENERATE = [
     f"custom_generate/{name}.py"
     for name in (
+        "attention",
         "budget",
         "cache",
         "candidate_generator",
@@ -41,11 +42,14 @@ CUSTOM_GENERATE = [
         "generate",
         "generation",
         "knobs",
+        "layers",
         "logits_process",
         "lookahead",
         "lookup",
+        "memory",
         "outputs",
         "round_state",
+        "rows",
         "sequences",
         "storage",
         "transitions",
