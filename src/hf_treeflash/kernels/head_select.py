@@ -138,12 +138,11 @@ def head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch
         raise ValueError(f"k must be between 1 and the vocabulary size {vocab}, got {k}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    return head_select_op(logits, k, temperature)
+    # Whether the kernel runs is found out within the operator, where `torch.compile` does not look.
+    return head_select_op(logits, k, temperature) if logits.is_cuda else _head_select(logits, k, temperature)
 
 
-@torch.library.custom_op("hf_treeflash::head_select", mutates_args=())
-def head_select_op(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`head_select`] as an operator that `torch.compile` does not look into."""
+def _head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     if k > MAX_KERNEL_K or not use_triton(logits):
         return head_select_reference(logits, k, temperature)
     vocab = logits.shape[-1]
@@ -166,6 +165,12 @@ def head_select_op(logits: torch.Tensor, k: int, temperature: float) -> tuple[to
         )  # fmt: skip
     shape = (*logits.shape[:-1], k)
     return token_ids.view(shape), log_probs.view(shape)
+
+
+@torch.library.custom_op("hf_treeflash::head_select", mutates_args=())
+def head_select_op(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`head_select`] as an operator that `torch.compile` does not look into."""
+    return _head_select(logits, k, temperature)
 
 
 @head_select_op.register_fake
