@@ -23,6 +23,7 @@ from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutpu
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_treeflash.compat import CACHE
 from hf_treeflash.generation import tree_decoding
 from tests.tiny import prompt, tiny_target
 
@@ -30,10 +31,6 @@ from tests.tiny import prompt, tiny_target
 def parameters(function) -> list[str]:
     """Return the names of a function's arguments."""
     return list(inspect.signature(function).parameters)
-
-
-# From 5.24 on the cache's argument is called `cache`.
-CACHE = "cache" if "cache" in parameters(GenerationMixin.prepare_inputs_for_generation) else "past_key_values"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def prepared(target):
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
     cache = DynamicCache(config=target.config)
-    target.generate(ids, attention_mask=mask, past_key_values=cache, custom_generate=decoding, max_new_tokens=2)
+    target.generate(ids, attention_mask=mask, max_new_tokens=2, custom_generate=decoding, **{CACHE: cache})
     assert seen["cache"] is cache
     return seen
 
@@ -92,6 +89,14 @@ def test_validate_generation_mode_comes_before_any_work(target, monkeypatch):
 
 def test_prefill_takes():
     assert parameters(GenerationMixin._prefill)[1:4] == ["input_ids", "generation_config", "model_kwargs"]
+
+
+def test_all_parts_call_the_cache_by_one_name():
+    from transformers.models.qwen3 import modeling_qwen3
+
+    attention = modeling_qwen3.Qwen3Attention
+    for function in (tiny_target().forward, attention.forward, GenerationMixin.prepare_inputs_for_generation):
+        assert CACHE in parameters(function)
 
 
 def test_prepare_inputs_for_generation_takes():

@@ -1,6 +1,8 @@
 """`hf-treeflash`: demo, generate, bench, train, export, push."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -164,7 +166,7 @@ def train(
 @app.command()
 def export(
     drafter: Annotated[str, typer.Argument(help="Folder or Hub repository of the drafter.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write: new, empty, or an earlier export.")],
     target: Annotated[str, typer.Option(help="Hub id of the target.")],
     revision: Annotated[str | None, typer.Option(help="Commit of the target.")] = None,
     name: Annotated[str | None, typer.Option(help="Repository id on the card.")] = None,
@@ -178,21 +180,22 @@ def export(
     from .hub import export_drafter, export_speculators
     from .modeling_treeflash import TreeFlashDraftModel
 
-    model = TreeFlashDraftModel.from_pretrained(drafter)
-    if speculators:
-        files = export_speculators(model, folder, target)
-    else:
-        files = export_drafter(
-            model,
-            folder,
-            target_id=target,
-            target_revision=revision,
-            name=name,
-            license=license,
-            datasets=dataset,
-            evaluation=evaluation,
-            command=command,
-        )
+    with refusals_in_words():
+        model = TreeFlashDraftModel.from_pretrained(drafter)
+        if speculators:
+            files = export_speculators(model, folder, target)
+        else:
+            files = export_drafter(
+                model,
+                folder,
+                target_id=target,
+                target_revision=revision,
+                name=name,
+                license=license,
+                datasets=dataset,
+                evaluation=evaluation,
+                command=command,
+            )
     typer.echo("\n".join(files))
 
 
@@ -206,8 +209,18 @@ def push(
     """Upload an exported folder to the Hub."""
     from .hub import push as upload
 
-    files = upload(folder, repository, private=private, dry_run=dry_run)
+    with refusals_in_words():
+        files = upload(folder, repository, private=private, dry_run=dry_run)
     typer.echo("\n".join([f"{'would upload' if dry_run else 'uploaded'} to {repository}:", *files]))
+
+
+@contextmanager
+def refusals_in_words() -> Iterator[None]:
+    """Show what was refused as a sentence rather than as a traceback."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def set_knobs(drafter, tree_budget: int | None, num_candidates: int | None) -> None:

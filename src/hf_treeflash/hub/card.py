@@ -1,7 +1,9 @@
 """Model cards: metadata for the Hub, and text whose numbers all come from an evaluation's JSON."""
 
+import html
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
@@ -16,35 +18,64 @@ TAGS = ["speculative-decoding", "draft-model", "dflash", "custom_code", "arxiv:2
 
 
 def render_card(
-    drafter, *, name: str, target_id: str, evaluation=None, license=None, datasets=None, **fields
+    drafter, *, name: str, target_id: str, evaluation=None, license=None, datasets=None, command=None, **fields
 ) -> ModelCard:
     """Render the card of an exported drafter; see [`export_drafter`] for the fields."""
     results = evaluation["results"] if evaluation else []
+    fence = "```"
+    while command is not None and fence in command:
+        fence += "`"
     data = ModelCardData(
-        model_name=name,
-        base_model=target_id,
+        model_name=one_line(name),
+        base_model=one_line(target_id),
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=license,
-        datasets=datasets,
+        license=one_line(license),
+        datasets=one_line(datasets),
         tags=["treeflash", "arxiv:2606.03819", *TAGS] if drafter.config.ar_head else TAGS,
-        eval_results=[_eval_result(result) for result in results] or None,
+        eval_results=[found for found in map(_eval_result, one_line(results)) if found] or None,
     )
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=name,
-        target_id=target_id,
+        name=escaped(name),
+        target_id=escaped(target_id),
+        target_url=f"https://huggingface.co/{quote(target_id)}",
         config=drafter.config,
         parameters=drafter.num_parameters(),
         knobs=DraftingKnobs.read(drafter.generation_config),
-        evaluation=evaluation,
-        license=license,
-        datasets=datasets,
+        evaluation=escaped(evaluation),
+        license=escaped(license),
+        datasets=escaped(datasets),
+        command=command,
+        fence=fence,
         table_rows=table_rows,
         sampling=describe_sampling,
-        **fields,
+        **{key: escaped(value) for key, value in fields.items()},
     )
+
+
+def one_line(value: Any) -> Any:
+    """Put a text on one line, without what cannot be printed; in plain data every text."""
+    if isinstance(value, dict):
+        return {one_line(key): one_line(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [one_line(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in value).split())
+
+
+def escaped(value: Any) -> Any:
+    """Make a text, or every text in plain data, safe in a card: it brings no line, tag, link, cell or code along."""
+    if isinstance(value, dict):
+        return {escaped(key): escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [escaped(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    text = html.escape(one_line(value))
+    return "".join(f"&#{ord(sign)};" if sign in "`|[]" else sign for sign in text)
 
 
 def describe_sampling(settings: dict[str, Any]) -> str:
@@ -55,9 +86,11 @@ def describe_sampling(settings: dict[str, Any]) -> str:
     return ", ".join(["sampled", *(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)])
 
 
-def _eval_result(result: dict[str, Any]) -> EvalResult:
-    trees = [arm for arm in result["arms"] if arm["knobs"]]
-    best = max(trees, key=lambda arm: arm["speedup"]["median"])
+def _eval_result(result: dict[str, Any]) -> EvalResult | None:
+    trees = [arm for arm in result["arms"] if arm["knobs"] and arm["tau"] is not None]
+    if not trees:
+        return None
+    best = max(trees, key=lambda arm: arm["speedup"]["median"] if arm["speedup"] else arm["tau"])
     return EvalResult(
         task_type="text-generation",
         dataset_type=result["task"],
@@ -71,16 +104,16 @@ def _eval_result(result: dict[str, Any]) -> EvalResult:
 def render_speculators_card(config, *, name: str, target_id: str) -> str:
     """Render the card of a backbone in the form of vLLM's speculators."""
     data = ModelCardData(
-        base_model=target_id,
+        base_model=one_line(target_id),
         library_name="speculators",
         pipeline_tag="text-generation",
         tags=["speculative-decoding", "draft-model", "dflash", "vllm", "arxiv:2602.06036"],
     )
     dropped = "Its TreeFlash head was **dropped**: serving engines do not know it. " if config.ar_head else ""
     return (
-        f"---\n{data}\n---\n\n# {name}\n\n"
-        f"The DFlash backbone of a drafter for `{target_id}`, in the form of vLLM's speculators, to be served as a "
-        f"chain of up to {config.block_size - 1} tokens. {dropped}Trees need hf-treeflash and the "
+        f"---\n{data}\n---\n\n# {escaped(name)}\n\n"
+        f"The DFlash backbone of a drafter for `{escaped(target_id)}`, in the form of vLLM's speculators, "
+        f"to be served as a chain of up to {config.block_size - 1} tokens. {dropped}Trees need hf-treeflash and the "
         "drafter this was made from.\n\nThe form follows the speculators config and reads back into hf-treeflash bit "
         "for bit; it was not run in vLLM.\n"
     )
@@ -95,12 +128,17 @@ def plot_acceptance(results: list[dict[str, Any]], path: Path) -> str | None:
         return None
     figure = Figure(figsize=(5.2 * len(results), 3.6), layout="constrained")
     plots = figure.subplots(1, len(results), squeeze=False, sharex=True, sharey=True)[0]
+
+    def label(text: str) -> str:
+        return one_line(text).replace("$", r"\$")  # which would begin a formula
+
     for axes, result in zip(plots, results, strict=True):
         for arm in result["arms"]:
             rates = arm["acceptance_rates"]
             if rates:
-                axes.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=arm["name"])
-        axes.set(title=f"{result['task']}, {describe_sampling(result['settings'])}", xlabel="depth", ylim=(0, 1))
+                axes.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=label(arm["name"]))
+        title = label(f"{result['task']}, {describe_sampling(result['settings'])}")
+        axes.set(title=title, xlabel="depth", ylim=(0, 1))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

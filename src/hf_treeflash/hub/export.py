@@ -11,7 +11,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import generation, modeling_treeflash
 from .card import plot_acceptance, render_card
-from .scan import list_files, without_paths
+from .evaluation import check_pair, read_evaluation
+from .folder import CARD, write_export
+from .scan import without_paths
 
 CUSTOM_GENERATE = '''"""Tree drafting for `generate(assistant_model=drafter, custom_generate=<this repository>)`."""
 
@@ -47,7 +49,7 @@ def export_drafter(
         drafter ([`TreeFlashDraftModel`]):
             The drafter; the adapters of a PEFT model are merged into a copy.
         folder (`str` or `os.PathLike`):
-            Where to write; created if needed.
+            Where to write: a new folder, an empty one, or that of an earlier export, which is replaced.
         target_id (`str`):
             Hub id of the target it was made for.
         target_revision (`str`, *optional*):
@@ -57,7 +59,8 @@ def export_drafter(
         license (`str`, *optional*), datasets (`list[str]`, *optional*):
             For the card's metadata.
         evaluation (`dict` or path, *optional*):
-            What an evaluation wrote (`hf-treeflash bench --json`); the card's only source of numbers.
+            What an evaluation of this drafter with this target wrote (`hf-treeflash bench --json`); the card's only
+            source of numbers.
         command (path, *optional*):
             The `command.txt` of the training.
 
@@ -65,42 +68,48 @@ def export_drafter(
         `list[str]`: The files of the folder, relative to it.
 
     Raises:
-        ValueError: If adapters cannot be merged, or a file would carry an absolute path or an access token.
+        ValueError: If adapters cannot be merged, the evaluation is of another pair, the folder holds anything but an
+            earlier export, or a file would carry an absolute path or a credential. Nothing is written then.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    drafter = merged(drafter)
-    drafter.save_pretrained(folder)
-    _write_code(drafter.config, folder)
-    measured, plot, training = None, None, None
+    given, drafter = drafter, merged(drafter)
+    sizes = {given.num_parameters(), drafter.num_parameters()}
+    measured = training = None
     if evaluation is not None:
-        text = (
-            json.dumps(evaluation, indent=2) if isinstance(evaluation, dict) else Path(evaluation).read_text("utf-8")
-        )
-        measured = json.loads(without_paths(text))
-        (folder / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-        target_revision = target_revision or measured["target"]["revision"]
-        plot = plot_acceptance(measured["results"], folder / "acceptance.png")
+        measured = read_evaluation(evaluation)
+        check_pair(measured, target_id, target_revision, sizes)
+        target_revision = target_revision or measured["target"].get("revision")
     if command is not None:
         training = without_paths(Path(command).read_text("utf-8")).strip()
-        (folder / "command.txt").write_text(training + "\n", encoding="utf-8")
-    card = render_card(
-        drafter,
-        name=name or folder.resolve().name,
-        target_id=target_id,
-        target_revision=target_revision,
-        license=license,
-        datasets=datasets,
-        evaluation=measured,
-        command=training,
-        plot=plot,
-    )
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
-    return list_files(folder)
+
+    def write(place: Path) -> None:
+        drafter.save_pretrained(place)
+        _write_code(drafter.config, place)
+        plot = None
+        if measured is not None:
+            (place / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+            plot = plot_acceptance(measured["results"], place / "acceptance.png")
+        if training is not None:
+            (place / "command.txt").write_text(training + "\n", encoding="utf-8")
+        card = render_card(
+            drafter,
+            name=name or Path(folder).resolve().name,
+            target_id=target_id,
+            target_revision=target_revision,
+            license=license,
+            datasets=datasets,
+            evaluation=measured,
+            command=training,
+            plot=plot,
+        )
+        (place / CARD).write_text(str(card), encoding="utf-8")
+
+    return write_export(folder, write)
 
 
 def merged(drafter):
     """Return a drafter without adapters: a PEFT model's are merged into a copy."""
+    if drafter.config.model_type != "treeflash":
+        raise ValueError(f"A model of type {drafter.config.model_type!r} is no TreeFlash drafter; export the drafter.")
     if hasattr(drafter, "merge_and_unload"):
         return copy.deepcopy(drafter).merge_and_unload()
     if drafter._hf_peft_config_loaded:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from .card import render_speculators_card
 from .export import merged
-from .scan import list_files
+from .folder import CARD, write_export
 
 
 def export_speculators(
@@ -23,7 +23,7 @@ def export_speculators(
         drafter ([`TreeFlashDraftModel`]):
             The drafter.
         folder (`str` or `os.PathLike`):
-            Where to write.
+            Where to write: a new folder, an empty one, or that of an earlier export, which is replaced.
         target_id (`str`):
             Hub id of the target ("verifier" there).
         target_architecture (`str`, *optional*):
@@ -31,19 +31,23 @@ def export_speculators(
 
     Returns:
         `list[str]`: The files of the folder, relative to it.
+
+    Raises:
+        ValueError: As [`export_drafter`] does.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     drafter = merged(drafter)
     config = drafter.config
     state = drafter.state_dict()
     tensors = {key: value.contiguous() for key, value in state.items() if not key.startswith("ar_head.")}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     stored = _speculators_config(config, drafter.dtype, target_id, target_architecture)
-    (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-    text = render_speculators_card(config, name=folder.resolve().name, target_id=target_id)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return list_files(folder)
+
+    def write(place: Path) -> None:
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        (place / "config.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        text = render_speculators_card(config, name=Path(folder).resolve().name, target_id=target_id)
+        (place / CARD).write_text(text, encoding="utf-8")
+
+    return write_export(folder, write)
 
 
 def _speculators_config(config, dtype, target_id: str, target_architecture: str | None) -> dict[str, Any]:
