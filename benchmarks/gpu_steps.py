@@ -180,6 +180,9 @@ def smoke(found: Findings, device: torch.device) -> None:
 
 def graphs(found: Findings, device: torch.device) -> None:
     """The same texts compiled and recorded as CUDA graphs; then replayed rounds against launched ones."""
+    from hf_treeflash import TreeFlashCandidateGenerator
+    from hf_treeflash.memory import recall
+
     pair = Pair(device)
     options: dict[str, Any] = {"cache_implementation": "static"}
     if device.type != "cuda":  # elsewhere models are compiled on request, and nothing is recorded
@@ -194,11 +197,15 @@ def graphs(found: Findings, device: torch.device) -> None:
     ):
         pair.compare(found, "graphs", 1, False, **options)
         with found.failures("graphs and kernels"):
-            launcher = list(vars(pair.drafter)["_treeflash_sessions"].values())[-1]
+            launcher = list(recall("sessions", pair.drafter, pair.target).values())[-1]
             note_session(found, launcher, sizes, times, device)
         with found.failures(f"{REPLAYS} replays equal launches"):
             if launcher.graphs:
+                embeddings = pair.target.get_input_embeddings(), pair.target.get_output_embeddings()
+                generator = TreeFlashCandidateGenerator(pair.drafter, *embeddings)
+                launcher.round.hold(pair.target, generator)
                 found.add(f"{REPLAYS} replays equal launches", *replays_equal_launches(launcher))
+                launcher.let_go()
         pair.compare(found, "graphs again", 1, False, **options)
         pair.compare(found, "graphs", 1, True, **options)
         pair.compare(found, "graphs", 3, False, **options)

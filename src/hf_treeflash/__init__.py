@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel
 from .candidate_generator import TreeFlashCandidateGenerator
 from .configuration_treeflash import TreeFlashConfig
 from .generation import install_hook, remove_hook
+from .memory import forget
 from .modeling_treeflash import TreeFlashDraftModel
 
 AutoConfig.register("treeflash", TreeFlashConfig, exist_ok=True)
@@ -25,6 +26,7 @@ __all__ = [
     "TreeFlashConfig",
     "TreeFlashDraftModel",
     "export_drafter",
+    "forget",
     "install_hook",
     "remove_hook",
 ]

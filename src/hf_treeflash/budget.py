@@ -1,9 +1,9 @@
 """`tree_budget="auto"`: as many nodes per round as pay for themselves, down to none at all."""
 
-import weakref
 from dataclasses import dataclass, field
 
 from .knobs import AUTO_SIZES
+from .memory import recall, remember
 from .tree import DraftTree
 
 PLAIN = 1  # a tree of the root alone: no draft, one token
@@ -20,12 +20,10 @@ class Learnt:
     budgets: dict[int, "AutoBudget"] = field(default_factory=dict)
 
 
-_learnt: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
-
-
 def auto_budget(drafter, batch: int) -> "AutoBudget":
     """Return the controller of a drafter at a batch size; calls go on where the last one stopped."""
-    learnt = _learnt.setdefault(drafter, Learnt())
+    learnt = recall("budget", drafter) or Learnt()
+    remember("budget", learnt, drafter)
     return learnt.budgets.setdefault(batch, AutoBudget(batch, learnt))
 
 

@@ -70,7 +70,8 @@ class PrefixCache:
         # Columns of each row up to the right edge, its own padding included; None while all rows fill `length`.
         self.filled: list[int] | None = None
         self.storages: list[Storage] | None = None  # until the first commit
-        self.kept = self._kept()
+        self.of_layers = [kept for layer in cache.layers for kept in kept_by(layer, rewinds) or ()]
+        self.kept: list[Kept | Storage] = [*self.of_layers]  # the same, by storages where a single text has them
 
     def stored(self, place: int) -> int:
         """Return how many columns of the prefix a layer holds; none before its first pass."""
@@ -97,7 +98,8 @@ class PrefixCache:
         choice = Choice(paths, self.length, tail, self.filled)
         if self.storages is None:  # rows of a batch shift against each other, a single one stays where it is
             self.storages = share(self.cache) if len(paths) == 1 else []
-            self.kept = self._kept()
+            stored = {id(layer.layer) for layer in self.cache.layers if isinstance(layer, StoredLayer)}
+            self.kept = [*self.storages, *(kept for kept in self.of_layers if id(kept.layer) not in stored)]
         if self.valid is not None or tail_valid is not None or choice.shifts:
             known = self.valid if self.valid is not None else tail_valid
             self.valid = choice.valid(self.valid, tail_valid, self._device if known is None else known.device)
@@ -125,7 +127,7 @@ class PrefixCache:
         if self.rows is not None:
             self.rows.leave(self, rows)
         index = Uploaded(torch.tensor(rows))
-        for kept in self.kept:
+        for kept in self.of_layers:
             kept.select(index)
         if self.valid is not None:
             self.valid = self.valid[index.on(self.valid.device)]
@@ -136,7 +138,7 @@ class PrefixCache:
         """Return a copy of one row."""
         filled = self.length if self.filled is None else self.filled[place]
         valid = None if self.valid is None else self.valid[place, self.length - filled :]
-        return Row(filled, valid, [kept.row(place, filled) for kept in self.kept])
+        return Row(filled, valid, [kept.row(place, filled) for kept in self.of_layers])
 
     def put(self, rows: list[Row], at_left: bool = False, length: int | None = None) -> None:
         """Make some rows the whole batch.
@@ -152,7 +154,7 @@ class PrefixCache:
         filled = [row.filled for row in rows]
         self.length = max(filled) if length is None else length
         ends = filled if at_left else [self.length] * len(rows)
-        for kept, of_rows in zip(self.kept, zip(*(row.kept for row in rows), strict=True), strict=True):
+        for kept, of_rows in zip(self.of_layers, zip(*(row.kept for row in rows), strict=True), strict=True):
             kept.restore(list(of_rows), ends, self.length)
         valid = [
             torch.ones(row.filled, dtype=torch.bool, device=self._device) if row.valid is None else row.valid
@@ -171,15 +173,10 @@ class PrefixCache:
         if self.rows is None:
             return
         whole = self.filled is None and not self.rows.away and length in (None, self.length) and not self.rewinds
-        self.storages, self.rewinds = [], False  # each storage is freed once its layers have left
+        self.storages, self.kept = [], [*self.of_layers]  # each storage is freed once its layers have left
         release(self.cache)
-        self.kept = self._kept()
         if not whole:
             self.rows.give_back(self, length, run_last)
-
-    def _kept(self) -> list[Kept]:
-        layers = [layer for layer in self.cache.layers if not isinstance(layer, StoredLayer)]
-        return [*(self.storages or ()), *(kept for layer in layers for kept in kept_by(layer, self.rewinds) or ())]
 
     @property
     def _device(self) -> torch.device:

@@ -7,6 +7,7 @@ from transformers import Cache
 
 from .cache import PrefixCache
 from .layers import columns_at
+from .memory import circumstances, forget, recall, remember
 
 
 class Context(NamedTuple):
@@ -117,19 +118,49 @@ def count_positions(attention_mask: torch.Tensor | None, length: int, like: torc
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def remember_context(cache: Cache, drafter, prefix: PrefixCache, pending: Context) -> None:
-    """Leave the drafter's cache with the target's, so that a next turn on it drafts with the whole conversation."""
-    cache._treeflash_context = (id(drafter), cache.get_seq_length(), prefix, pending)
+def remember_context(cache: Cache, drafter, text: torch.Tensor, prefix: PrefixCache, pending: Context) -> None:
+    """Leave the drafter's cache with the target's, so that a next turn on it drafts with the whole conversation.
+
+    Args:
+        cache ([`Cache`]):
+            The target's, at the end of a call.
+        drafter ([`PreTrainedModel`]):
+            The drafter.
+        text (`torch.LongTensor` of shape `(1, length)`):
+            The whole text.
+        prefix ([`PrefixCache`]), pending ([`Context`]):
+            The drafter's cache, and what it has not read of the text yet.
+    """
+    if text.shape[1] >= cache.get_seq_length():  # else it began with embeddings, and nobody could tell it again
+        remember("context", (_mark(cache, drafter, text), prefix, pending), cache, drafter)
 
 
-def recall_context(cache: Cache, drafter) -> tuple[PrefixCache, Context] | None:
-    """Return what an earlier turn left with this cache, if it is this drafter's and the cache was not cut since."""
-    if not hasattr(cache, "_treeflash_context"):
-        return None
-    *state, prefix, pending = cache._treeflash_context
-    # Cut or repeated since, it no longer is the text the drafter has read.
-    intact = state == [id(drafter), cache.get_seq_length()] and cache.layers[0].keys.shape[0] == 1
-    return (prefix, pending) if intact else None
+def take_context(cache: Cache, drafter, text: torch.Tensor) -> tuple[PrefixCache, Context] | None:
+    """Take what an earlier turn left with this cache, for the call that goes on from it.
+
+    Nothing is left for another call: this one changes it, and keeps it again if it ends well.
+
+    Args:
+        cache ([`Cache`]):
+            The target's, at the beginning of a call.
+        drafter ([`PreTrainedModel`]):
+            The drafter.
+        text (`torch.LongTensor` of shape `(batch, length)`):
+            The prompt, with what the cache holds.
+
+    Returns:
+        `tuple`: The drafter's cache and what it has not read yet; None if there is nothing, or the text or the
+        circumstances are others than those it was made in.
+    """
+    mark, *state = recall("context", cache, drafter) or (None,)
+    forget(cache, "context")
+    return (state[0], state[1]) if mark is not None and mark == _mark(cache, drafter, text) else None
 
 
-__all__ = ["Context", "count_positions", "recall_context", "remember_context"]
+def _mark(cache: Cache, drafter, text: torch.Tensor) -> tuple:
+    """Tell the text in a cache, and how a drafter reads it, from others."""
+    length = cache.get_seq_length()
+    return circumstances(drafter), length, len(text), hash(tuple(text[0, :length].tolist()))
+
+
+__all__ = ["Context", "count_positions", "remember_context", "take_context"]

@@ -10,7 +10,7 @@ from .budget import auto_budget
 from .cache import PrefixCache, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
 from .compat import CACHE
-from .context import Context, recall_context, remember_context
+from .context import Context, remember_context, take_context
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
@@ -101,7 +101,7 @@ class TreeDecoding:
                 Where the pass leaves the states that the drafter reads.
         """
         kwargs = self.model_kwargs
-        earlier = recall_context(kwargs[CACHE], self.drafter)
+        earlier = take_context(kwargs[CACHE], self.drafter, self.input_ids)
         outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs | taps.model_kwargs)
         self.recorder.prefill(outputs)
         cache, mask, batch = outputs[CACHE], kwargs.get("attention_mask"), len(self.input_ids)
@@ -199,7 +199,8 @@ class TreeDecoding:
         run_last = functools.partial(self._run_last, state.first_positions)
         state.prefix.restore_rows(state.prompt_columns + steps - 1, run_last)
         if len(self.acceptance_lengths) == 1:
-            remember_context(cache, self.drafter, self.generator.prefix, Context.joined(state.pending))
+            text, pending = self.sequences.prefix(0), Context.joined(state.pending)
+            remember_context(cache, self.drafter, text, self.generator.prefix, pending)
         if self.streamer is not None:
             self.streamer.end()
         if not self.generation_config.return_dict_in_generate:

@@ -5,7 +5,6 @@ rank the nodes of the tree, and every emitted token is still the target's own ch
 """
 
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .knobs import DraftingKnobs
+from .memory import recall, remember
 
 Head = Callable[..., torch.Tensor]
-
-# The float8 copy of each layer and the state of the weight it was made from; dropped with the layer.
-_float8_copies: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 
 class DraftHead:
@@ -170,13 +167,13 @@ def float8_copy(lm_head: nn.Module) -> Float8Rows:
     """Return the layer's float8 copy; a weight that was moved or written to since gets a new one."""
     weight: Any = lm_head.weight
     state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-    made_from, copy = _float8_copies.get(lm_head, (None, None))
+    made_from, copy = recall("float8", lm_head) or (None, None)
     if copy is None or made_from != state:
         # A few rows at a time: a whole layer in float32 takes gigabytes.
         rows, scales = zip(*map(to_float8, weight.split(8192)), strict=True)
         joined = torch.cat([part.view(torch.uint8) for part in rows]).view(rows[0].dtype)  # bytes: see `select`
         copy = Float8Rows(joined, torch.cat(scales))
-        _float8_copies[lm_head] = (state, copy)
+        remember("float8", (state, copy), lm_head)
     return copy
 
 

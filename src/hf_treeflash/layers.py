@@ -129,6 +129,8 @@ class Choice:
 class Kept(Protocol):
     """Something that a layer keeps; see the verbs above."""
 
+    layer: Any
+
     def commit(self, choice: Choice) -> None: ...
     def rollback(self, length: int) -> None: ...
     def trim(self, columns: int) -> None: ...
@@ -150,15 +152,16 @@ class Columns:
     def commit(self, choice: Choice) -> None:
         """Keep the chosen columns of a pass."""
         if self.layer.is_initialized:
-            stored = self.layer.keys.shape[2] - choice.tail
-            keep = self.held(choice.new_length)
-            self._set([choice.of(states, stored, keep) for states in self._states()], choice.new_length)
+            states, keep = self._states(), self.held(choice.new_length)
+            stored = states[0].shape[2] - choice.tail
+            self._set([choice.of(part, stored, keep) for part in states], choice.new_length)
 
     def rollback(self, length: int) -> None:
         """Drop the columns of a pass, which this layer may not have seen yet."""
         if self.layer.is_initialized:
-            end = self.layer.keys.shape[2] - (self.layer.get_seq_length() - length)
-            self._set([states[:, :, :end] for states in self._states()], length)
+            states = self._states()
+            end = states[0].shape[2] - (self.layer.get_seq_length() - length)
+            self._set([part[:, :, :end] for part in states], length)
 
     def trim(self, columns: int) -> None:
         """Keep the last columns."""
@@ -178,8 +181,8 @@ class Columns:
         first = length - self.held(length)
         self._set([placed(list(states), ends, first, length) for states in zip(*rows, strict=True)], length)
 
-    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layer.keys, self.layer.values
+    def _states(self) -> list[torch.Tensor]:
+        return [self.layer.keys, self.layer.values]
 
     def _set(self, states: list[torch.Tensor], length: int) -> None:
         self.layer.keys, self.layer.values = states
@@ -192,7 +195,7 @@ class Window(Columns):
         layer ([`DynamicSlidingWindowLayer`]):
             The layer.
         rewinds (`bool`, *optional*, defaults to `False`):
-            Whether rows may end with fewer columns than they had: columns then stay when they leave the window.
+            Whether rows may be restored to fewer columns than they had: what leaves the window is put aside till then.
     """
 
     layer: DynamicSlidingWindowLayer
@@ -200,12 +203,36 @@ class Window(Columns):
     def __init__(self, layer: DynamicSlidingWindowLayer, rewinds: bool = False):
         super().__init__(layer)
         self.rewinds = rewinds
+        self.aside: list[torch.Tensor] | None = None
 
     def held(self, length: int) -> int:
-        """Return how many columns of a text the layer holds between passes."""
+        """Return how many columns of a text are held between passes, those put aside included."""
         return length if self.rewinds else min(length, self.layer.sliding_window - 1)
 
+    def select(self, index: Uploaded) -> None:
+        """Keep some rows of the batch."""
+        super().select(index)
+        if self.aside is not None:
+            self.aside = [states[index.on(states.device)] for states in self.aside]
+
+    def restore(self, rows: list, ends: list[int], length: int) -> None:
+        """Hold these rows, each ending before its column of `ends`, in a text of `length` columns."""
+        self.rewinds = False
+        super().restore(rows, ends, length)
+
+    def _states(self) -> list[torch.Tensor]:
+        states = super()._states()
+        if self.aside is None:
+            return states
+        return [torch.cat(parts, dim=2) for parts in zip(self.aside, states, strict=True)]
+
     def _set(self, states: list[torch.Tensor], length: int) -> None:
+        if self.rewinds:
+            first = max(0, states[0].shape[2] - self.layer.sliding_window + 1)
+            self.aside = [part[:, :, :first] for part in states]
+            states = [part[:, :, first:] for part in states]
+        else:
+            self.aside = None
         super()._set(states, length)
         self.layer.cumulative_length = length
 

@@ -3,6 +3,8 @@
 import weakref
 from typing import Any
 
+import torch
+
 # By what a value is and whose. Ids do not mislead: an entry goes before the id of an owner can be another's.
 _kept: dict[tuple, tuple[Any, list[weakref.ref]]] = {}
 
@@ -57,4 +59,11 @@ def forget(owner: Any, what: str | None = None) -> None:
             _kept.pop(key, None)
 
 
-__all__ = ["forget", "recall", "remember", "take"]
+def circumstances(model: Any) -> tuple:
+    """Return what a model's states depend on besides its weights and inputs: what is kept of them holds only there."""
+    device = model.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return model.dtype, model.device, autocast, torch.is_inference_mode_enabled(), repr(model.config.to_dict())
+
+
+__all__ = ["circumstances", "forget", "recall", "remember", "take"]

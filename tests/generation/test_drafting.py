@@ -6,6 +6,7 @@ from transformers import StoppingCriteriaList
 
 from hf_treeflash import decoding
 from hf_treeflash.lookup import PromptLookup, graft
+from hf_treeflash.memory import recall
 from hf_treeflash.sequences import Sequences
 from hf_treeflash.tree import build_tables, tree_from_tables
 from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
@@ -159,4 +160,4 @@ def test_long_runs_grow_by_the_caches_alone(target):
     model = tiny_target(max_position_embeddings=2048)
     output = run(model, drafter, max_new_tokens=1000)
     assert output.past_key_values.get_seq_length() == 7 + 999
-    assert output.past_key_values._treeflash_context[2].cache.layers[0].keys.shape[2] <= 16
+    assert recall("context", output.past_key_values, drafter)[1].cache.layers[0].keys.shape[2] <= 16

@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_treeflash import TreeFlashCandidateGenerator, memory
 from tests.tiny import prompt, tiny_drafter, with_knobs
 
 GREEDY = {"do_sample": False, "max_new_tokens": 25, "eos_token_id": None}
@@ -26,6 +27,23 @@ def plainly(target, inputs=None, **settings) -> torch.Tensor:
     return target.generate(**inputs, **{**GREEDY, **settings})
 
 
+def sessions(drafter) -> list:
+    """Return the launchers that a drafter's calls left, the last one last."""
+    kept = [
+        value for (what, owner, *_), (value, _) in memory._kept.items() if (what, owner) == ("sessions", id(drafter))
+    ]
+    return [launcher for launchers in kept for launcher in launchers.values()]
+
+
 def the_session(drafter):
     """Return the launcher of the last call."""
-    return list(vars(drafter)["_treeflash_sessions"].values())[-1]
+    return sessions(drafter)[-1]
+
+
+def running(target, drafter):
+    """Return the round of the last call with its models back, to be run outside of a call."""
+    round = the_session(drafter).round
+    round.hold(
+        target, TreeFlashCandidateGenerator(drafter, target.get_input_embeddings(), target.get_output_embeddings())
+    )
+    return round

@@ -5,7 +5,7 @@ import torch
 from transformers import CompileConfig
 
 from tests.generation.test_batch import padded
-from tests.static.calls import drafter_of, generate, plainly, the_session
+from tests.static.calls import drafter_of, generate, plainly, running, the_session
 from tests.tiny import tiny_target
 
 pytestmark = [
@@ -28,7 +28,7 @@ def test_replayed_rounds_equal_launched_rounds(target):
     drafter, inputs = drafter_of(False, 33, head_dim=16).cuda(), on_device(padded(3))
     generate(target, drafter, inputs, max_new_tokens=300)
     launcher = the_session(drafter)
-    round = launcher.round
+    round = running(target, drafter)
     assert launcher.failure is None and set(launcher.graphs) == {round.capacity}  # one for all lengths
     # Both start from what the call left behind, with room for more.
     round.limits.fill_(10**6)

@@ -1,7 +1,5 @@
 """The round itself: no host synchronisation, caches of a plain forward, attention by kernel or mask, compilation."""
 
-import copy
-import pickle
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -12,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 
 from hf_treeflash.static import attention, decoding
-from hf_treeflash.static.sessions import Sessions
 from tests.families.checks import ending_at
 from tests.generation.test_batch import padded
-from tests.static.calls import drafter_of, generate, plainly, the_session
+from tests.static.calls import drafter_of, generate, plainly, running, sessions, the_session
 from tests.tiny import prompt, tiny_target
 
 
@@ -42,7 +39,7 @@ class NoSynchronisation(TorchDispatchMode):
 def test_a_round_never_waits_for_the_device(family, sampler, monkeypatch):
     target, drafter = tiny_target(family), drafter_of()
     generate(target, drafter, padded(2), **({} if sampler is None else {"do_sample": True, **sampler}))
-    round = the_session(drafter).round
+    round = running(target, drafter)
     round.active.fill_(True)
     for name in ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, None)  # on a CPU some of these pass by the dispatcher
@@ -265,7 +262,7 @@ def test_the_next_call_finds_what_the_last_one_made(target):
     assert the_session(drafter) is not first and the_session(drafter).round.capacity == 3072
     for settings in ({"do_sample": True}, {"do_sample": True, "top_k": 3}):
         generate(target, drafter, **settings)
-    assert len(vars(drafter)["_treeflash_sessions"]) == 2
+    assert len(sessions(drafter)) == 2
 
 
 def test_an_other_target_or_weight_is_not_mistaken(target):
@@ -279,15 +276,6 @@ def test_an_other_target_or_weight_is_not_mistaken(target):
     assert the_session(drafter) is not before  # a recorded graph would read the weights that were
 
 
-def test_copies_of_a_drafter_take_no_caches_along(target):
-    drafter = drafter_of()
-    generate(target, drafter)
-    assert not vars(copy.deepcopy(drafter))["_treeflash_sessions"]
-    sessions = vars(drafter)["_treeflash_sessions"]
-    assert sessions and pickle.loads(pickle.dumps(sessions)) == Sessions()
-    assert "_treeflash" not in " ".join(drafter.state_dict())
-
-
 def test_a_call_that_breaks_off_leaves_nothing_behind(target):
     def break_off(input_ids, scores, **kwargs):
         if input_ids.shape[1] > 12:
@@ -299,6 +287,6 @@ def test_a_call_that_breaks_off_leaves_nothing_behind(target):
     hooks = [dict(module._forward_hooks) for module in target.modules()]  # transformers' own, inert by themselves
     with pytest.raises(KeyboardInterrupt):
         generate(target, drafter, stopping_criteria=[break_off])
-    assert not vars(drafter)["_treeflash_sessions"]
+    assert not sessions(drafter)
     assert hooks == [dict(module._forward_hooks) for module in target.modules()]
     assert torch.equal(generate(target, drafter).sequences, plainly(target))

@@ -8,7 +8,7 @@ from tests.families.checks import ending_at
 from tests.families.models import FAMILIES
 from tests.generation.test_batch import padded
 from tests.law import check_law, text_law
-from tests.static.calls import drafter_of, generate, plainly, the_session
+from tests.static.calls import drafter_of, generate, plainly, sessions, the_session
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -94,7 +94,7 @@ def test_positions_that_are_just_enough():
 def test_one_new_token_needs_no_round(target):
     drafter = drafter_of()
     assert torch.equal(generate(target, drafter, max_new_tokens=1).sequences, plainly(target, max_new_tokens=1))
-    assert "_treeflash_sessions" not in vars(drafter)
+    assert not sessions(drafter)
 
 
 class EndsAt:

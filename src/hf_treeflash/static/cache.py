@@ -28,8 +28,9 @@ class RowLayer(StaticLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         """Write a pass's states at their slots and return the first `span` slots."""
         # Not through a transposed view: before torch 2.13 inductor would copy the whole storage to write there.
-        self.keys[self.rows, :, self.slots] = key_states.transpose(1, 2)
-        self.values[self.rows, :, self.slots] = value_states.transpose(1, 2)
+        # Under autocast keys and values may come in another dtype than the storage's.
+        self.keys[self.rows, :, self.slots] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.slots] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys[:, :, : self.span], self.values[:, :, : self.span]
 
 

@@ -12,8 +12,7 @@ from ..round_state import RoundState
 from ..taps import tapped_states
 from .coverage import why_dynamic
 from .launch import Launcher
-from .round import StaticRound
-from .sessions import round_up, session_key, sessions_of
+from .sessions import session
 
 logger = logging.get_logger(__name__)
 
@@ -51,28 +50,13 @@ class StaticDecoding(TreeDecoding):
         block, budget = self.drafter.config.block_size, self.generator.knobs.tree_budget
         on_cuda = cache.layers[0].keys.is_cuda
         needed = state.prefix.length + int(room.max()) + block + max(budget, 2 * block)
-        capacity = round_up(max(needed, getattr(self.generation_config, "max_cache_len", None) or 0), batch)
-
-        sessions, key = sessions_of(self.drafter), session_key(self, cache)
-        launcher = sessions.take(key, capacity)
-        if launcher is None:
-            round = StaticRound(
-                self.target,
-                self.generator,
-                self.processor,
-                self.generation_config.do_sample,
-                cache,
-                batch,
-                capacity,
-                rounds_ahead(cache.layers[0].keys),
-            )
-            launcher = Launcher(round, self.generation_config)
+        needed = max(needed, getattr(self.generation_config, "max_cache_len", None) or 0)
         (context,) = state.pending
         state.pending = []
-        with torch.cuda.device(launcher.round.device) if on_cuda else nullcontext():
+        on_device = torch.cuda.device(cache.layers[0].keys.device) if on_cuda else nullcontext()
+        with on_device, session(self, cache, needed, rounds_ahead(cache.layers[0].keys)) as launcher:
             launcher.round.start(cache, context, padding, state.anchor_ids, room)
             self._launch_and_read(launcher, state.rows, state.prefix.length)
-        sessions.keep(key, launcher)
 
     def _launch_and_read(self, launcher: Launcher, rows: list[int], prompt: int) -> None:
         round, unfinished = launcher.round, set(rows)

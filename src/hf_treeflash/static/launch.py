@@ -1,5 +1,6 @@
 """How a round is launched: as it is, with compiled models, or replayed as one CUDA graph."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -57,6 +58,17 @@ class Launcher:
         self.steps_compiled = False
         self.failure: str | None = None
         self.options = compile_options(config or CompileConfig())
+        self.make_room: Callable[[], None] = lambda: None
+
+    def hold(self, target, generator, make_room: Callable[[], None]) -> None:
+        """Take a call's models, see [`StaticRound`], and what frees memory when it is short."""
+        self.round.hold(target, generator)
+        self.make_room = make_room
+
+    def let_go(self) -> None:
+        """Hold nothing of a call between calls."""
+        self.round.let_go()
+        self.make_room = lambda: None
 
     def span_of(self, length: int) -> int:
         """Return how many slots a round looks at, given the longest row: few numbers, as each is compiled."""
@@ -66,13 +78,25 @@ class Launcher:
         return min(max(SMALLEST_SPAN, 1 << (needed - 1).bit_length()), self.round.capacity)
 
     def launch(self, span: int) -> None:
-        """Run one round; one that fails on its way to the device has changed nothing yet, and can run plainly."""
+        """Run one round; one that fails on its way to the device has changed nothing yet, and is run again.
+
+        Raises:
+            torch.OutOfMemoryError: If the memory does not suffice without the caches of other calls either.
+        """
         try:
             self._attempt(span)
+            return
         except Exception as error:
-            if span in self.seen or not (self.compiled or self.round.by_kernel):
+            short = isinstance(error, torch.OutOfMemoryError)
+            if span in self.seen or not (short or self.compiled or self.round.by_kernel):
                 raise
-            self._make_plain(error)
+            if not short:
+                self._make_plain(error)
+        # Behind the handler, where what the failed attempt allocated is free again.
+        if short:
+            self.make_room()
+            self._attempt(span)
+        else:
             self.round.run(span)
             self.seen.add(span)
 

@@ -55,9 +55,8 @@ class StaticRound:
         capacity: int,
         ahead: int,
     ):
-        self.target, self.generator, self.processors = target, generator, without_waits(processor.processors)
-        self.drafter, self.knobs = generator.drafter, generator.knobs
-        config, states = self.drafter.config, cache.layers[0].keys
+        config, states = generator.drafter.config, cache.layers[0].keys
+        self.knobs, self.processors = generator.knobs, without_waits(processor.processors)
         self.block, self.device, self.capacity, self.ahead = config.block_size, states.device, capacity, ahead
         shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
         self.target_cache = StaticTreeCache(shapes, batch, capacity, states.dtype, self.device)
@@ -73,8 +72,19 @@ class StaticRound:
         self.emitted = torch.zeros(batch, self.block + 1, dtype=torch.long, device=self.device)
         self.noise = Noise(batch, config.vocab_size, self.block * (1 + ahead), self.device) if do_sample else None
         self.attention = TreeAttention(target, self.starts, shapes)
-        self.block_attention = BlockAttention(self.drafter, self.starts, own_shapes)
+        self.block_attention = BlockAttention(generator.drafter, self.starts, own_shapes)
         self.steps_uncompiled()
+        self.hold(target, generator)
+
+    def hold(self, target, generator: TreeFlashCandidateGenerator) -> None:
+        """Take a call's models, which are those the round was made with."""
+        self.target, self.generator, self.drafter = target, generator, generator.drafter
+        self.attention.model, self.block_attention.model = target, self.drafter
+
+    def let_go(self) -> None:
+        """Hold no model between calls."""
+        del self.target, self.generator, self.drafter
+        self.attention.model = self.block_attention.model = None
 
     @property
     def state(self) -> list[torch.Tensor]:
@@ -102,7 +112,7 @@ class StaticRound:
 
     def steps_uncompiled(self) -> None:
         """Run both models as they are."""
-        self.draft_step, self.target_step = self.drafter.draft, target_step
+        self.draft_step, self.target_step = draft_step, target_step
 
     @torch.no_grad()
     def start(
@@ -173,6 +183,7 @@ class StaticRound:
         self.drafter_cache.place(torch.cat([context + self.block * filler, block], dim=1), span)
         with self.block_attention.chosen():
             transitions = self.draft_step(
+                self.drafter,
                 self.anchors,
                 self.pending.to(self.generator.dtype),
                 self._embed,
@@ -223,6 +234,11 @@ class StaticRound:
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.generator.target_embed(token_ids).to(self.generator.dtype)
+
+
+def draft_step(drafter, *args, **kwargs):
+    """Run the drafter; see [`TreeFlashDraftModel.draft`]."""
+    return drafter.draft(*args, **kwargs)
 
 
 def target_step(target, layer_ids: list[int], token_ids, position_ids, cache: Cache, attention: dict):

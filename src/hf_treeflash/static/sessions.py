@@ -1,10 +1,14 @@
 """What one call leaves to the next with the same pair: caches, compiled models and recorded graphs."""
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from ..memory import circumstances, forget, recall, remember
 from .launch import Launcher
+from .round import StaticRound
 
 # Each holds caches for its batch.
 KEPT = 2
@@ -12,30 +16,64 @@ KEPT = 2
 SMALLEST_CAPACITY, SMALLEST_OF_A_ROW = 2048, 256
 
 
-class Sessions(dict):
-    """Launchers by what they were made for, kept on the drafter; copies and files of a drafter take none along."""
+@contextmanager
+def session(decoding, cache, needed: int, ahead: int) -> Iterator[Launcher]:
+    """Lend a call the launcher that an earlier call of the pair left, or a new one; kept again if the call ends well.
 
-    def __deepcopy__(self, memo):
-        return Sessions()
+    What is kept holds neither model: it goes with the first of them, or with [`forget`]. Inference mode is off
+    meanwhile, so that later calls may write to what is allocated, in whatever mode they run.
 
-    def __reduce__(self):
-        return Sessions, ()
+    Args:
+        decoding ([`StaticDecoding`]):
+            The call, after prefill.
+        cache ([`DynamicCache`]):
+            The target's.
+        needed (`int`):
+            Slots that the longest row may need.
+        ahead (`int`):
+            Rounds that are launched before the results of an earlier one are read.
+    """
+    owners = decoding.drafter, decoding.target
+    models = decoding.target, decoding.generator
 
-    def take(self, key: tuple, capacity: int) -> Launcher | None:
-        """Return a launcher with room for a number of slots, for this call alone, or None."""
-        launcher = self.pop(key, None)
-        return launcher if launcher is not None and launcher.round.capacity >= capacity else None
+    def make_room() -> None:
+        kept.clear()
+        for owner in owners:
+            forget(owner, "sessions")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-    def keep(self, key: tuple, launcher: Launcher) -> None:
-        """Give a launcher back."""
-        self[key] = launcher
-        for oldest in list(self)[:-KEPT]:
-            self.pop(oldest, None)
+    def make() -> Launcher:
+        batch, do_sample = cache.layers[0].keys.shape[0], decoding.generation_config.do_sample
+        capacity = round_up(needed, batch)
+        round = StaticRound(*models, decoding.processor, do_sample, cache, batch, capacity, ahead)
+        return Launcher(round, decoding.generation_config)
+
+    with torch.inference_mode(False), torch.no_grad():
+        key = session_key(decoding, cache)
+        kept = recall("sessions", *owners) or {}
+        launcher = kept.pop(key, None)  # for this call alone
+        if launcher is not None and launcher.round.capacity < needed:
+            launcher = None  # freed before a larger one is made
+        if launcher is None:
+            for oldest in list(kept)[: max(0, len(kept) - KEPT + 1)]:
+                kept.pop(oldest, None)
+            launcher = _with_room(make, make_room)
+        launcher.hold(*models, make_room)
+        yield launcher
+        launcher.let_go()
+        kept[key] = launcher
+        remember("sessions", kept, *owners)
 
 
-def sessions_of(drafter) -> Sessions:
-    """Return what is kept for a drafter."""
-    return vars(drafter).setdefault("_treeflash_sessions", Sessions())
+def _with_room(make: Callable[[], Launcher], make_room: Callable[[], None]) -> Launcher:
+    """Make a launcher; where the memory does not suffice, once more after the caches of other calls have gone."""
+    try:
+        return make()
+    except torch.OutOfMemoryError:
+        pass
+    make_room()  # behind the handler, where what the failed attempt allocated is free again
+    return make()
 
 
 def session_key(decoding, cache) -> tuple:
@@ -48,9 +86,9 @@ def session_key(decoding, cache) -> tuple:
             The target's.
     """
     config = decoding.generation_config
+    float8 = decoding.generator.draft_head.float8
     compiling = None if config.compile_config is None else repr(config.compile_config.to_dict())
     return (
-        id(decoding.target),
         cache.layers[0].keys.shape[0],
         config.do_sample,
         decoding.generator.knobs,
@@ -58,7 +96,8 @@ def session_key(decoding, cache) -> tuple:
         _processors(decoding.processor.processors),
         (compiling, config.disable_compile),
         (cache.layers[0].keys.dtype, cache.layers[0].keys.device),
-        *(_weights(model) for model in (decoding.target, decoding.drafter)),
+        *((circumstances(model), _weights(model)) for model in (decoding.target, decoding.drafter)),
+        None if float8 is None else float8.rows.data_ptr(),
     )
 
 
@@ -96,4 +135,4 @@ def _weights(model) -> int:
     return hash((tuple(places), tuple(adapters), model.training, model.config._attn_implementation))
 
 
-__all__ = ["round_up", "session_key", "sessions_of"]
+__all__ = ["round_up", "session"]
