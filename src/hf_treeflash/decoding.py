@@ -170,7 +170,7 @@ class TreeDecoding:
             self.acceptance_lengths[row].append(len(verdict.path))
             self.recorder.path(row, index, verdict.path, outputs, state.prefix)
             if tree.token_ids.shape[1] > 1:  # a round without a draft says nothing of the drafter
-                self.generator.update_candidate_strategy(self.input_ids, outputs.logits, len(verdict.path) - 1)
+                self.generator.observe(len(verdict.path) - 1)
             if self.lookup is not None:
                 self.lookup.observe(row, verdict.token_ids)
         return verdicts

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .compat import kernels
-from .transitions import Proposal, Row, Rows, Transitions
+from .transitions import NextTokens, Proposal, TransitionRows, Transitions
 
 Permitted = Callable[[list[int]], torch.Tensor]
 
@@ -112,12 +112,12 @@ def build_on_device(transitions: Transitions, anchor_ids: torch.Tensor, tree_bud
 
 
 def build_tables(
-    rows: Rows, anchor_ids: torch.Tensor, tree_budget: int, permitted: Sequence[Permitted] | None = None
+    rows: TransitionRows, anchor_ids: torch.Tensor, tree_budget: int, permitted: Sequence[Permitted] | None = None
 ) -> list[NodeTable]:
     """Build the same trees on the host, one table per text, with what only the host can do.
 
     Args:
-        rows ([`Rows`]):
+        rows ([`TransitionRows`]):
             What the drafter proposes.
         anchor_ids (`torch.LongTensor` of shape `(batch,)`), tree_budget (`int`):
             See [`build_tree`].
@@ -137,12 +137,12 @@ def build_tables(
 
 
 def best_first(
-    read: Callable[[int, int], Row], anchor: int, tree_budget: int, permitted: Permitted | None = None
+    read: Callable[[int, int], NextTokens], anchor: int, tree_budget: int, permitted: Permitted | None = None
 ) -> NodeTable:
     """Pop the best open node until the budget is spent; only rows of the nodes on the tree are ever read.
 
     Args:
-        read (`Callable[[int, int], Row]`):
+        read (`Callable[[int, int], NextTokens]`):
             Returns the row of a depth index and a number.
         anchor (`int`), tree_budget (`int`), permitted (`Callable`, *optional*):
             See [`build_tables`], of one text.
@@ -158,7 +158,7 @@ def best_first(
             children = _permitted_children(children, permitted(_path_to(node, parent)))
         push(score, (*ranks, 0), parent, children)
 
-    def push(score: float, ranks: tuple, parent: int, children: Row) -> None:
+    def push(score: float, ranks: tuple, parent: int, children: NextTokens) -> None:
         # An entry stands for one child and, once taken, offers the next sibling. Ranks are unique: nothing after
         # them is ever compared.
         log_probs, rank = children.log_probs, ranks[-1]
@@ -191,13 +191,13 @@ def _path_to(node: NodeTable, index: int) -> list[int]:
     return path[::-1]
 
 
-def _permitted_children(children: Row, permitted: torch.Tensor) -> Row:
+def _permitted_children(children: NextTokens, permitted: torch.Tensor) -> NextTokens:
     """Drop children that may not be emitted and give their probability to the others."""
     token_ids, log_probs, next_rows = children
     kept = [rank for rank, token in enumerate(token_ids) if permitted[token]]
     mass = sum(math.exp(log_probs[rank]) for rank in kept)
     rest = math.log(mass) if mass > 0 else 0.0
-    return Row([token_ids[rank] for rank in kept], [log_probs[rank] - rest for rank in kept], next_rows)
+    return NextTokens([token_ids[rank] for rank in kept], [log_probs[rank] - rest for rank in kept], next_rows)
 
 
 def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
