@@ -24,7 +24,14 @@ _learnt: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 
 def auto_budget(drafter, batch: int) -> "AutoBudget":
-    """Return the controller of a drafter at a batch size; calls go on where the last one stopped."""
+    """Return the controller of a drafter at a batch size; calls go on where the last one stopped.
+
+    Args:
+        drafter ([`Drafter`]):
+            Whose measurements to go on from.
+        batch (`int`):
+            Rows of the call.
+    """
     learnt = _learnt.setdefault(drafter, Learnt())
     return learnt.budgets.setdefault(batch, AutoBudget(batch, learnt))
 

@@ -14,6 +14,7 @@ from .draft_head import DraftHead, check_head, home_of
 from .knobs import DraftingKnobs
 from .lookahead import Lookahead
 from .lookup import graft
+from .protocols import Drafter
 from .transitions import Proposal
 from .tree import DraftTree, build_tables, build_tree, tree_from_tables
 
@@ -24,8 +25,8 @@ class TreeFlashCandidateGenerator:
     """Drafts the trees of one `generate` call with a TreeFlash (or DFlash) drafter.
 
     Args:
-        assistant_model ([`PreTrainedModel`]):
-            The drafter; anything with its config and a `draft` method, so PEFT-wrapped and Hub-loaded ones too.
+        assistant_model ([`Drafter`]):
+            The drafter, which may be PEFT-wrapped or loaded from a repository.
         main_model_input_embeddings (`nn.Module`):
             The target's input embedding, called as a module.
         main_model_output_embeddings (`nn.Module`):
@@ -38,7 +39,7 @@ class TreeFlashCandidateGenerator:
 
     def __init__(
         self,
-        assistant_model,
+        assistant_model: Drafter,
         main_model_input_embeddings: nn.Module,
         main_model_output_embeddings: nn.Module,
         generation_config: GenerationConfig | None = None,

@@ -37,7 +37,14 @@ class TransitionRows(Protocol):
     """
 
     def read(self, text: int, depth: int, row: int) -> NextTokens:
-        """Return a row of one text of the batch. It may be a guess, see `compute_guessed`."""
+        """Return a row. It may be a guess, see `compute_guessed`.
+
+        Args:
+            text (`int`):
+                Which text of the batch.
+            depth (`int`), row (`int`):
+                Depth index and number of the row.
+        """
 
     def compute_guessed(self) -> list[int]:
         """Compute all rows that were guessed; return the texts that read one, whose trees are to be built again."""
@@ -74,7 +81,14 @@ class Transitions(NamedTuple):
 
     @classmethod
     def marginal(cls, logits: torch.Tensor, branching: int, temperature: float) -> "Transitions":
-        """Build the one-row transitions of a drafter without a head from logits `(batch, depth, vocab)`."""
+        """Build the one-row transitions of a drafter without a head.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch, depth, vocab)`):
+                Of the slots after the anchor.
+            branching (`int`), temperature (`float`):
+                See [`top_log_probs`].
+        """
         # Both are (batch, depth, 1, branching).
         token_ids, log_probs = top_log_probs(logits[:, :, None], branching, temperature)
         next_row = torch.zeros_like(token_ids)
@@ -130,7 +144,7 @@ class TableRows:
         self.lists: dict[Key, NextTokens] = {}
 
     def read(self, text: int, depth: int, row: int) -> NextTokens:
-        """Return a row."""
+        """Return a row, see [`TransitionRows`]."""
         key = text, depth, row
         if key not in self.lists:
             token_ids, log_probs, next_rows = (table[key].tolist() for table in self.tables)
@@ -216,7 +230,12 @@ class HeadRows:
 
     @torch.no_grad()
     def compute(self, keys: list[Key]) -> None:
-        """Compute rows, all in one batch."""
+        """Compute rows, all in one batch.
+
+        Args:
+            keys (`list[tuple[int, int, int]]`):
+                Text, depth index and number of each.
+        """
         self.guessed = {}
         previous = np.array([self.previous[text][depth][row] for text, depth, row in keys], dtype=np.int64)
         slots = np.array([text * self.slots + depth for text, depth, _ in keys], dtype=np.int64)
@@ -226,7 +245,12 @@ class HeadRows:
         self.computed |= {key: NextTokens(tokens, own, self.following[key[0]][key[1]]) for key, tokens, own in rows}
 
     def compute_likely(self, count: int) -> None:
-        """Compute the anchors' rows and the `count` rows of each text that its tree most likely reaches."""
+        """Compute the anchors' rows and those that trees most likely reach.
+
+        Args:
+            count (`int`):
+                Rows of each text.
+        """
         keys = [(text, 0, 0) for text in range(len(self.log_probs))]
         for text, slots in enumerate(self.log_probs):
             # The way down takes the best token of each slot. Given the one before it, a token is surer than its

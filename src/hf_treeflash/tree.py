@@ -59,7 +59,12 @@ class DraftTree:
         ]
 
     def first(self, nodes: int) -> "DraftTree":
-        """Return the tree of the first nodes; parents stand before children, so any number is a tree."""
+        """Return the tree of the first nodes; parents stand before children, so any number is a tree.
+
+        Args:
+            nodes (`int`):
+                How many, root included.
+        """
         if nodes >= self.token_ids.shape[1]:
             return self
         return DraftTree(
@@ -104,7 +109,14 @@ def build_tree(proposal: Proposal, anchor_ids: torch.Tensor, tree_budget: int) -
 
 
 def build_on_device(transitions: Transitions, anchor_ids: torch.Tensor, tree_budget: int) -> DraftTree:
-    """Build the same trees where the tables are, without the host; path log-probabilities are added up in float32."""
+    """Build the same trees where the tables are, without the host; path log-probabilities are added up in float32.
+
+    Args:
+        transitions ([`Transitions`]):
+            The tables.
+        anchor_ids (`torch.LongTensor` of shape `(batch,)`), tree_budget (`int`):
+            See [`build_tree`].
+    """
     tree = kernels.build_tree(*transitions, tree_budget)
     token_ids = torch.cat([anchor_ids.to(tree.token_ids.device)[:, None], tree.token_ids[:, 1:]], dim=1)
     ancestor_mask = kernels.unpack_ancestor_words(tree.ancestor_words, tree_budget)  # (batch, nodes, nodes)
@@ -201,7 +213,12 @@ def _permitted_children(children: NextTokens, permitted: torch.Tensor) -> NextTo
 
 
 def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
-    """Stack rows of host lists, padding shorter ones with unused nodes that see only themselves."""
+    """Stack the tables of a batch, padding shorter ones with unused nodes that see only themselves.
+
+    Args:
+        rows (`list[NodeTable]`):
+            One per text.
+    """
     nodes = max(len(row.token_ids) for row in rows)
 
     def stack(field: str, pad: float, dtype: type = np.int64) -> torch.Tensor:
@@ -212,8 +229,8 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
     masks = [row.ancestors + [1 << node for node in range(len(row.ancestors), nodes)] for row in rows]
     width = (nodes + 7) // 8
     packed = b"".join(word.to_bytes(width, "little") for words in masks for word in words)
-    octets = np.frombuffer(packed, dtype=np.uint8).reshape(len(rows), nodes, width)
-    sees = np.unpackbits(octets, axis=2, count=nodes, bitorder="little").view(np.bool_)
+    octets = np.frombuffer(packed, dtype=np.uint8).reshape(len(rows), nodes, width)  # (batch, nodes, nodes / 8)
+    sees = np.unpackbits(octets, axis=2, count=nodes, bitorder="little").view(np.bool_)  # (batch, nodes, nodes)
     return DraftTree(
         token_ids=stack("token_ids", 0),
         parents=stack("parents", -1),
@@ -224,7 +241,12 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
 
 
 def root_only(anchor_ids: torch.Tensor) -> DraftTree:
-    """Return trees without branches: plain decoding."""
+    """Return trees without branches: plain decoding.
+
+    Args:
+        anchor_ids (`torch.LongTensor` of shape `(batch,)`):
+            Newest committed tokens.
+    """
     token_ids = anchor_ids[:, None]
     zeros = torch.zeros_like(token_ids)
     return DraftTree(token_ids, zeros - 1, zeros, torch.ones_like(zeros[..., None], dtype=torch.bool), zeros.float())
