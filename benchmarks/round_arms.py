@@ -79,7 +79,7 @@ class Eager(Arm):
         )
         self.generator.prefix = kept_prefix(self.drafter, setting.context - setting.accepted)
         self.prefix, self.verifier = kept_prefix(self.target, setting.context), Verifier(self.target)
-        self.anchor, self.states, positions = unread(setting)
+        self.anchor, self.states, positions = pending(setting)
         self.context = Context(self.states, positions, [setting.accepted])
         self.position = torch.tensor([setting.context], device=self.target.device)
         self.lengths = {prefix: prefix.length for prefix in (self.prefix, self.generator.prefix)}
@@ -124,7 +124,7 @@ class Reference(Arm):
         self.embed, self.lm_head = self.target.get_input_embeddings(), self.target.get_output_embeddings()
         self.start, self.cache = setting.context, random_cache(self.target, setting.context)
         self.draft_cache = random_cache(self.drafter, setting.context - setting.accepted)
-        self.anchor, self.states, self.positions = unread(setting)
+        self.anchor, self.states, self.positions = pending(setting)
         self.knobs = self.drafter.generation_config
         self.rewind = rewinder(self.cache, self.draft_cache)
 
@@ -231,7 +231,7 @@ def rewinder(*caches: DynamicCache) -> Callable[[], None]:
     return rewind
 
 
-def unread(setting: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pending(setting: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the anchor, random states of the tokens before it that the drafter has not read, and their positions."""
     drafter, device = setting.drafter, setting.target.device
     width = len(drafter.config.target_layer_ids) * drafter.config.hidden_size

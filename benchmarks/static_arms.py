@@ -1,7 +1,7 @@
 """Rounds over static caches that `round.py` times, and the plain step to hold them against in the same mode."""
 
 import torch
-from round_arms import Arm, Setting, Stage, random_cache, unread
+from round_arms import Arm, Setting, Stage, pending, random_cache
 from torch._inductor import cudagraph_trees
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
@@ -40,7 +40,7 @@ class Static(Arm):
 
     def _begin(self, setting: Setting, cache, capacity: int) -> None:
         """Put the round where texts of this length would have it."""
-        static, (anchor, states, _) = self.static, unread(setting)
+        static, (anchor, states, _) = self.static, pending(setting)
         static.target_cache.take_over(cache, setting.context)
         for layer in static.drafter_cache.layers:
             for states_of in (layer.keys, layer.values):

@@ -19,7 +19,7 @@ from transformers import (
     cache_utils,
     masking_utils,
 )
-from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -141,12 +141,6 @@ def test_compile_config_fields():
 def test_dictionary_output_fields():
     fields = {"sequences", "scores", "logits", "attentions", "hidden_states", "past_key_values"}
     assert fields <= set(dir(GenerateDecoderOnlyOutput(sequences=None, **({CACHE: 1}))))
-
-
-def test_candidate_generator_methods():
-    assert "input_ids" in parameters(CandidateGenerator.get_candidates)
-    expected = ["self", "input_ids", "scores", "num_matches"]
-    assert parameters(CandidateGenerator.update_candidate_strategy) == expected
 
 
 # Processors and criteria

@@ -21,7 +21,14 @@ class Learnt:
 
 
 def auto_budget(drafter, batch: int) -> "AutoBudget":
-    """Return the controller of a drafter at a batch size; calls go on where the last one stopped."""
+    """Return the controller of a drafter at a batch size; calls go on where the last one stopped.
+
+    Args:
+        drafter ([`Drafter`]):
+            Whose measurements to go on from.
+        batch (`int`):
+            Rows of the call.
+    """
     learnt = recall("budget", drafter) or Learnt()
     remember("budget", learnt, drafter)
     return learnt.budgets.setdefault(batch, AutoBudget(batch, learnt))

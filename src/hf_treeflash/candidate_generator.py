@@ -1,12 +1,10 @@
 """From the target's states to a draft tree: context features, one drafting pass, the builder."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
-from transformers.generation import CandidateGenerator
 from transformers.utils import logging
 
 from .attention import additive_mask, attention_windows, seen_by_block
@@ -16,17 +14,19 @@ from .draft_head import DraftHead, check_head, home_of
 from .knobs import DraftingKnobs
 from .lookahead import Lookahead
 from .lookup import graft
+from .protocols import Drafter
+from .transitions import Proposal
 from .tree import DraftTree, build_tables, build_tree, tree_from_tables
 
 logger = logging.get_logger(__name__)
 
 
-class TreeFlashCandidateGenerator(CandidateGenerator):
-    """Drafts with a TreeFlash (or DFlash) drafter: a tree for our own loop, its best chain for transformers' loop.
+class TreeFlashCandidateGenerator:
+    """Drafts the trees of one `generate` call with a TreeFlash (or DFlash) drafter.
 
     Args:
-        assistant_model ([`PreTrainedModel`]):
-            The drafter; anything with its config and a `draft` method, so PEFT-wrapped and Hub-loaded ones too.
+        assistant_model ([`Drafter`]):
+            The drafter, which may be PEFT-wrapped or loaded from a repository.
         main_model_input_embeddings (`nn.Module`):
             The target's input embedding, called as a module.
         main_model_output_embeddings (`nn.Module`):
@@ -37,12 +37,9 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             Temperature the call samples with: the tree ranks by what the target is likely to draw.
     """
 
-    requires_model_outputs: bool = True
-    model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": True}
-
     def __init__(
         self,
-        assistant_model,
+        assistant_model: Drafter,
         main_model_input_embeddings: nn.Module,
         main_model_output_embeddings: nn.Module,
         generation_config: GenerationConfig | None = None,
@@ -86,17 +83,31 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         Returns:
             [`DraftTree`]
         """
-        window, budget = self.knobs.draft_window, tree_budget or self.knobs.tree_budget
+        budget = tree_budget or self.knobs.tree_budget
+        proposal = self._propose(anchor_ids, context, budget)
+        if permitted is None and lookup is None:
+            return build_tree(proposal, anchor_ids, budget)
+        tables = build_tables(proposal.rows(), anchor_ids, budget, permitted)
+        if lookup is not None:
+            chains, trusts = lookup
+            if permitted is not None:
+                chains = [row.longest(chain) for row, chain in zip(permitted, chains, strict=True)]
+            tables = [graft(*row, budget) for row in zip(tables, chains, trusts, strict=True)]
+        return tree_from_tables(tables)
+
+    def _propose(self, anchor_ids: torch.Tensor, context: Context, budget: int) -> Proposal:
+        """Run the drafter, whose cache keeps the context and drops the block."""
+        window = self.knobs.draft_window
         context = context if window is None else context.last(window)
         slots, length = self.drafter.config.block_size, context.hidden_states.shape[1]
-        last = context.newest_positions
-        block = last + torch.arange(1, slots + 1, device=last.device)
+        last = context.newest_positions  # (batch, 1)
+        block = last + torch.arange(1, slots + 1, device=last.device)  # (batch, slots)
         proposal = self.drafter.draft(
             anchor_ids,
             context.hidden_states.to(self.device, self.dtype),
             self._embed,
             self.draft_head,
-            position_ids=torch.cat([context.position_ids, block], dim=1).to(self.device),
+            position_ids=torch.cat([context.position_ids, block], dim=1).to(self.device),  # (batch, length + slots)
             attention_mask=self._mask(context),
             cache=self.prefix.cache,
             knobs=self.knobs,
@@ -107,20 +118,11 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
         )
         tail_valid = context.valid
         if tail_valid is not None:
-            tail_valid = nn.functional.pad(tail_valid, (0, slots), value=True).to(self.device)
-        # The context's keys and values stay, the block's go.
+            tail_valid = nn.functional.pad(tail_valid, (0, slots), value=True).to(self.device)  # as the positions
         self.prefix.commit([list(range(count)) for count in context.counts], length + slots, tail_valid)
         if window is not None:
             self.prefix.trim(window)
-        if permitted is None and lookup is None:
-            return build_tree(proposal, anchor_ids, budget)
-        tables = build_tables(proposal.rows(), anchor_ids, budget, permitted)
-        if lookup is not None:
-            chains, trusts = lookup
-            if permitted is not None:
-                chains = [row.longest(chain) for row, chain in zip(permitted, chains, strict=True)]
-            tables = [graft(*row, budget) for row in zip(tables, chains, trusts, strict=True)]
-        return tree_from_tables(tables)
+        return proposal
 
     def _mask(self, context: Context) -> dict[str | None, torch.Tensor] | None:
         config, slots = self.drafter.config, self.drafter.config.block_size
@@ -142,50 +144,15 @@ class TreeFlashCandidateGenerator(CandidateGenerator):
             masks[kind] = additive_mask(seen.to(self.device), self.dtype)
         return masks
 
-    def get_candidates(
-        self,
-        input_ids: torch.LongTensor,
-        model_kwargs: dict[str, Any],
-        model_outputs,
-        is_first_iteration: bool,
-        n_last_matches: int,
-        **kwargs,
-    ) -> tuple[torch.Tensor, None]:
-        """Draft the most probable chain, for transformers' own assisted decoding (batch 1).
+    def observe(self, accepted: int) -> None:
+        """Note what a round brought; a drafter that never helps is reported once.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(1, length)`):
-                Committed tokens, the anchor last.
-            model_kwargs, model_outputs, is_first_iteration, n_last_matches:
-                As [`CandidateGenerator`] defines them.
-
-        Returns:
-            `tuple[torch.LongTensor, None]`: The tokens with the chain behind them, and no logits: the target's own
-            choices are compared with the chain, which keeps its law.
-        """
-        if is_first_iteration:  # there are no target states to read yet
-            return input_ids, None
-        first = self.prefix.length == 0
-        count = input_ids.shape[1] - 1 if first else n_last_matches + 1
-        states = [model_outputs.hidden_states[layer + 1][:, :count] for layer in self.drafter.config.target_layer_ids]
-        start = input_ids.shape[1] - 1 - count
-        positions = torch.arange(start, start + count, device=input_ids.device)[None]
-        tree = self.draft_tree(input_ids[:, -1], Context(torch.cat(states, dim=-1), positions, [count]))
-        deepest = int(tree.path_log_probs[0].masked_fill(tree.depths[0] < tree.depths[0].max(), -torch.inf).argmax())
-        chain = tree.token_ids[0][tree.ancestor_mask[0, deepest]][1:]
-        return torch.cat([input_ids, chain[None].to(input_ids.device)], dim=1), None
-
-    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor | None, num_matches: int):
-        """Note how many drafted tokens the target accepted; a drafter that never helps is reported once.
-
-        Args:
-            input_ids (`torch.LongTensor`), scores (`torch.FloatTensor`, *optional*):
-                Unused, part of the contract.
-            num_matches (`int`):
-                Accepted drafted tokens, the extra token excluded.
+            accepted (`int`):
+                Drafted tokens that the target agreed with.
         """
         self.rounds += 1
-        self.emitted += num_matches + 1
+        self.emitted += accepted + 1
         if self.rounds == 50 and self.emitted < 1.2 * self.rounds:
             logger.warning_once(
                 f"The drafter hardly helps: {self.emitted / self.rounds:.2f} tokens per target pass over 50 rounds. "

@@ -15,6 +15,7 @@ from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
 from .outputs import Recorder
+from .protocols import Drafter, Target
 from .round_state import RoundState
 from .rows import Rows
 from .sequences import Sequences
@@ -40,8 +41,8 @@ class TreeDecoding:
 
     def __init__(
         self,
-        target,
-        drafter,
+        target: Target,
+        drafter: Drafter,
         *,
         input_ids: torch.Tensor,
         logits_processor,
@@ -77,7 +78,12 @@ class TreeDecoding:
         return self.result(state)
 
     def rounds(self, state: RoundState) -> None:
-        """Draft, verify, walk and commit until every row is finished."""
+        """Draft, verify, walk and commit until every row is finished.
+
+        Args:
+            state ([`RoundState`]):
+                After the prompt; it is left as after the last round.
+        """
         with recording_past(state.prefix.cache):
             try:
                 while state.rows:
@@ -121,7 +127,12 @@ class TreeDecoding:
         return state
 
     def draft(self, state: RoundState) -> DraftTree:
-        """Draft the trees of one round on the target's device."""
+        """Draft the trees of one round on the target's device.
+
+        Args:
+            state ([`RoundState`]):
+                Of the round; a draft reads what is pending.
+        """
         if self.auto is not None and not self.auto.drafts():
             return root_only(state.anchor_ids)  # its context is read with the next draft
         tree = self.generator.draft_tree(
@@ -137,12 +148,18 @@ class TreeDecoding:
         return tree.to(state.anchor_ids.device)
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
-        """Return for each row of the batch what can say which tokens may follow its text."""
+        """Return for some rows of the call what can say which tokens may follow their texts."""
         vocab_size = self.drafter.config.vocab_size
         return [Lookahead(self.processor.by_row[row], self.sequences.prefix(row), vocab_size) for row in rows]
 
     def verify(self, state: RoundState, tree: DraftTree):
         """Run the target once over the trees.
+
+        Args:
+            state ([`RoundState`]):
+                Of the round.
+            tree ([`DraftTree`]):
+                The trees, of `(rows, nodes)`.
 
         Returns:
             `tuple`: the target's output, one row of logits per node, and its states at the nodes as the drafter reads
@@ -164,13 +181,22 @@ class TreeDecoding:
         return {key: value for key, value in self.model_kwargs.items() if key not in PROMPT_KWARGS}
 
     def walk(self, state: RoundState, tree: DraftTree, outputs) -> list[Verdict]:
-        """Follow the target's own choices through each tree."""
+        """Follow the target's own choices through each tree.
+
+        Args:
+            state ([`RoundState`]):
+                Of the round.
+            tree ([`DraftTree`]):
+                The trees, of `(rows, nodes)`.
+            outputs ([`ModelOutput`]):
+                What the target says of them, `logits` of shape `(rows, nodes, vocab)`.
+        """
         verdicts = self._walk(state.rows, tree.children, outputs.logits)
         for index, (row, verdict) in enumerate(zip(state.rows, verdicts, strict=True)):
             self.acceptance_lengths[row].append(len(verdict.path))
             self.recorder.path(row, index, verdict.path, outputs, state.prefix)
             if tree.token_ids.shape[1] > 1:  # a round without a draft says nothing of the drafter
-                self.generator.update_candidate_strategy(self.input_ids, outputs.logits, len(verdict.path) - 1)
+                self.generator.observe(len(verdict.path) - 1)
             if self.lookup is not None:
                 self.lookup.observe(row, verdict.token_ids)
         return verdicts
@@ -192,7 +218,12 @@ class TreeDecoding:
         self._end_round(state, verdicts)
 
     def result(self, state: RoundState):
-        """Return the ids, or the dictionary the call asked for."""
+        """Return the ids `(batch, longest)`, or the dictionary the call asked for.
+
+        Args:
+            state ([`RoundState`]):
+                After the last round.
+        """
         cache = state.prefix.cache
         ids = self.sequences.padded(self.generation_config._pad_token_tensor)
         steps = ids.shape[1] - self.sequences.prompt_length

@@ -96,6 +96,12 @@ def union_of_likely(logits: torch.Tensor, per_slot: int) -> tuple[torch.Tensor, 
     Its shape does not depend on how many they are, which spares the host a look at the device: unused places hold
     token 0 and are marked.
 
+    Args:
+        logits (`torch.Tensor` of shape `(batch, slots, vocab)`):
+            Of the slots.
+        per_slot (`int`):
+            How many tokens each contributes.
+
     Returns:
         `tuple`: token ids and which places are used, of shape `(places,)`; the places are a multiple of 16, as float8
         matrix units want their columns.
@@ -124,7 +130,7 @@ class Float8Rows:
         self.rows, self.scales = rows, scales
 
     def select(self, token_ids: torch.Tensor) -> "Float8Rows":
-        """Return some of the rows."""
+        """Return some of the rows, `token_ids` of shape `(tokens,)`."""
         # As bytes: not every device gathers float8.
         rows = self.rows.view(torch.uint8).index_select(0, token_ids).view(self.rows.dtype)
         return Float8Rows(rows, self.scales.index_select(0, token_ids))
@@ -133,8 +139,15 @@ class Float8Rows:
         """Return `states @ rows.T` in bfloat16, the states rounded to float8 row by row as well.
 
         Devices without float8 matrix units compute the same product in float32: right, but slow.
+
+        Args:
+            states (`torch.Tensor` of shape `(..., hidden_size)`):
+                What to multiply.
+
+        Returns:
+            `torch.Tensor` of shape `(..., tokens)`.
         """
-        left, left_scales = to_float8(states.reshape(-1, states.shape[-1]))
+        left, left_scales = to_float8(states.reshape(-1, states.shape[-1]))  # (rows, hidden_size) and (rows,)
         if self._on_matrix_units():
             logits = torch._scaled_mm(
                 left,
@@ -155,7 +168,7 @@ class Float8Rows:
 
 
 def to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows scaled to the range of `float8_e4m3fn`, and their scales (float32)."""
+    """Return rows `(rows, hidden_size)` scaled to the range of `float8_e4m3fn`, and their scales (float32)."""
     rows = rows.float()
     limit = torch.finfo(torch.float8_e4m3fn).max
     scales = rows.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny * limit) / limit
@@ -179,6 +192,12 @@ def float8_copy(lm_head: nn.Module) -> Float8Rows:
 
 def check_head(lm_head: Any, knobs: DraftingKnobs) -> None:
     """Refuse knobs that need the rows of the target's output layer where it does not show them.
+
+    Args:
+        lm_head (`nn.Module`):
+            The target's output layer.
+        knobs ([`DraftingKnobs`]):
+            Of the call.
 
     Raises:
         ValueError: Naming the knob and what the layer is.

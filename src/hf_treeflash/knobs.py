@@ -43,6 +43,10 @@ class DraftingKnobs(NamedTuple):
     def read(cls, generation_config: GenerationConfig) -> "DraftingKnobs":
         """Read the knobs, refusing impossible values and misspelt names.
 
+        Args:
+            generation_config ([`GenerationConfig`]):
+                The drafter's; defaults stand in for knobs it does not have.
+
         Raises:
             ValueError: Naming the knob.
         """

@@ -63,7 +63,14 @@ class PromptLookup:
         return [min(self.agreed[length] / self.tried[length], 0.99) for length in lengths]
 
     def observe(self, row: int, token_ids: list[int]) -> None:
-        """Compare what was found with what the target chose."""
+        """Compare what was found with what the target chose.
+
+        Args:
+            row (`int`):
+                Row of the call.
+            token_ids (`list[int]`):
+                The tokens it emitted in this round.
+        """
         for depth, (found, chosen) in enumerate(zip(self.chains[row], token_ids, strict=False)):
             length = min(self.matches[row] + depth, self.longest)
             # Recent tokens count most: a text quotes in stretches.
@@ -132,7 +139,16 @@ def graft(node: NodeTable, chain: list[int], trusts: list[float], tree_budget: i
 
 
 def table_from_paths(root: int, ordered: list[tuple[int, ...]], scores: dict[tuple[int, ...], float]) -> NodeTable:
-    """Number paths, which stand parents first, as nodes."""
+    """Number paths as nodes.
+
+    Args:
+        root (`int`):
+            Token of the root.
+        ordered (`list[tuple[int, ...]]`):
+            Tokens from the root, which is left out, to each node; parents stand before children.
+        scores (`dict[tuple[int, ...], float]`, nats):
+            Log-probability of each path.
+    """
     index = {path: node for node, path in enumerate(ordered)}
     parents = [-1 if not path else index[path[:-1]] for path in ordered]
     ancestors: list[int] = []

@@ -93,7 +93,18 @@ class Recorder:
     def result(
         self, sequences: torch.Tensor, steps: int, cache, acceptance_lengths: list[list[int]]
     ) -> TreeFlashGenerateOutput:
-        """Join the rows' records of the first `steps` tokens; rows that ended early are filled with zeros."""
+        """Join the rows' records; those of rows that ended early are filled with zeros.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch, length)`):
+                The texts.
+            steps (`int`):
+                New tokens of the longest.
+            cache ([`Cache`]):
+                The target's.
+            acceptance_lengths (`list[list[int]]`):
+                For each row, the tokens of each verify pass.
+        """
         passes = sum(len(lengths) for lengths in acceptance_lengths)
         emitted = sum(sum(lengths) for lengths in acceptance_lengths)
         return TreeFlashGenerateOutput(

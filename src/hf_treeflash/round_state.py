@@ -73,7 +73,7 @@ class RoundState:
         if position_ids.ndim > 2:  # models with several position axes still have the drafter count tokens
             text_ids = count_positions(attention_mask, prefix.length, position_ids)
         length = states.shape[1]
-        read = text_ids[:, -length:].expand(batch, -1)
+        read = text_ids[:, -length:].expand(batch, -1)  # (batch, length): earlier turns may stand before
         context = Context(states, read, [length] * batch, None if valid is None else valid[:, -length:])
         positions = position_ids[..., -1].expand(*position_ids.shape[:-2], batch)  # (..., batch)
         return cls(
@@ -89,7 +89,12 @@ class RoundState:
         )
 
     def advance(self, verdicts: list[Verdict]) -> None:
-        """Make each row's newest token its anchor."""
+        """Make each row's newest token its anchor.
+
+        Args:
+            verdicts (`list[Verdict]`):
+                What each row accepted.
+        """
         newest = [verdict.token_ids[-1] for verdict in verdicts]
         accepted = torch.tensor([len(verdict.path) for verdict in verdicts], device=self.positions.device)
         self.anchor_ids = torch.tensor(newest, dtype=torch.long, device=self.anchor_ids.device)
@@ -97,7 +102,12 @@ class RoundState:
         self.text_positions = self.text_positions + accepted.to(self.text_positions.device)
 
     def select(self, kept: list[int]) -> None:
-        """Keep only some rows."""
+        """Keep only some rows.
+
+        Args:
+            kept (`list[int]`):
+                Their places among the present ones.
+        """
         self.rows = [self.rows[index] for index in kept]
         self.anchor_ids, self.text_positions = self.anchor_ids[kept], self.text_positions[kept]
         self.positions = self.positions[..., kept]

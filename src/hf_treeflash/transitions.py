@@ -11,7 +11,7 @@ from .compat import kernels
 Key = tuple[int, int, int]  # text of the batch, depth index, row
 
 
-class Row(NamedTuple):
+class NextTokens(NamedTuple):
     """What may follow one token, as host lists, most likely first.
 
     Attributes:
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     next_rows: dict[int, int]
 
 
-class Rows(Protocol):
+class TransitionRows(Protocol):
     """Rows as a tree reads them while it grows on the host.
 
     Depth index `d` (0-based) describes the nodes of depth `d + 1`, and its row 0 at depth index 0 is the anchor's.
@@ -36,8 +36,15 @@ class Rows(Protocol):
     on what `next_rows` of the row above says.
     """
 
-    def read(self, text: int, depth: int, row: int) -> Row:
-        """Return a row of one text of the batch. It may be a guess, see `compute_guessed`."""
+    def read(self, text: int, depth: int, row: int) -> NextTokens:
+        """Return a row. It may be a guess, see `compute_guessed`.
+
+        Args:
+            text (`int`):
+                Which text of the batch.
+            depth (`int`), row (`int`):
+                Depth index and number of the row.
+        """
 
     def compute_guessed(self) -> list[int]:
         """Compute all rows that were guessed; return the texts that read one, whose trees are to be built again."""
@@ -46,7 +53,7 @@ class Rows(Protocol):
 class Proposal(Protocol):
     """What [`~TreeFlashDraftModel.draft`] returns, whatever head the drafter has."""
 
-    def rows(self) -> Rows:
+    def rows(self) -> TransitionRows:
         """Return the rows for a tree that is built on the host."""
 
     def device_tables(self) -> "Transitions | None":
@@ -74,7 +81,14 @@ class Transitions(NamedTuple):
 
     @classmethod
     def marginal(cls, logits: torch.Tensor, branching: int, temperature: float) -> "Transitions":
-        """Build the one-row transitions of a drafter without a head from logits `(batch, depth, vocab)`."""
+        """Build the one-row transitions of a drafter without a head.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch, depth, vocab)`):
+                Of the slots after the anchor.
+            branching (`int`), temperature (`float`):
+                See [`top_log_probs`].
+        """
         # Both are (batch, depth, 1, branching).
         token_ids, log_probs = top_log_probs(logits[:, :, None], branching, temperature)
         next_row = torch.zeros_like(token_ids)
@@ -127,14 +141,14 @@ class TableRows:
 
     def __init__(self, transitions: Transitions):
         self.tables = [table.cpu().numpy() for table in transitions]
-        self.lists: dict[Key, Row] = {}
+        self.lists: dict[Key, NextTokens] = {}
 
-    def read(self, text: int, depth: int, row: int) -> Row:
-        """Return a row."""
+    def read(self, text: int, depth: int, row: int) -> NextTokens:
+        """Return a row, see [`TransitionRows`]."""
         key = text, depth, row
         if key not in self.lists:
             token_ids, log_probs, next_rows = (table[key].tolist() for table in self.tables)
-            self.lists[key] = Row(token_ids, log_probs, dict(zip(token_ids, next_rows, strict=True)))
+            self.lists[key] = NextTokens(token_ids, log_probs, dict(zip(token_ids, next_rows, strict=True)))
         return self.lists[key]
 
     def compute_guessed(self) -> list[int]:
@@ -182,8 +196,8 @@ class HeadRows:
         self.following = [
             [*(dict(zip(slot, range(len(slot)), strict=True)) for slot in slots[1:]), {}] for slots in self.previous
         ]
-        self.computed: dict[Key, Row] = {}
-        self.guessed: dict[Key, Row] = {}  # rows that were read before they were computed
+        self.computed: dict[Key, NextTokens] = {}
+        self.guessed: dict[Key, NextTokens] = {}  # rows that were read before they were computed
 
     def rows(self) -> "HeadRows":
         """Return itself: a tree on the host is what its rows are computed for."""
@@ -192,7 +206,7 @@ class HeadRows:
     def device_tables(self) -> None:
         """Return None: there are no tables."""
 
-    def read(self, text: int, depth: int, row: int) -> Row:
+    def read(self, text: int, depth: int, row: int) -> NextTokens:
         """Return a row; one that is not computed yet is guessed.
 
         The guess is the shortlist of its slot: so a tree built on it goes on below the row, and the rows it will most
@@ -203,7 +217,8 @@ class HeadRows:
             return self.computed[key]
         if key not in self.guessed:
             following = self.following[text][depth]
-            self.guessed[key] = Row(list(following), self.log_probs[text][depth] if following else [], following)
+            log_probs = self.log_probs[text][depth] if following else []
+            self.guessed[key] = NextTokens(list(following), log_probs, following)
         return self.guessed[key]
 
     def compute_guessed(self) -> list[int]:
@@ -215,17 +230,27 @@ class HeadRows:
 
     @torch.no_grad()
     def compute(self, keys: list[Key]) -> None:
-        """Compute rows, all in one batch."""
+        """Compute rows, all in one batch.
+
+        Args:
+            keys (`list[tuple[int, int, int]]`):
+                Text, depth index and number of each.
+        """
         self.guessed = {}
         previous = np.array([self.previous[text][depth][row] for text, depth, row in keys], dtype=np.int64)
         slots = np.array([text * self.slots + depth for text, depth, _ in keys], dtype=np.int64)
         previous_embeds = self.embed(torch.from_numpy(previous))[None]  # (1, rows, hidden_size)
         token_ids, log_probs = self.score(*self.states, previous_embeds, torch.from_numpy(slots))
         rows = zip(keys, token_ids[0].tolist(), log_probs[0].tolist(), strict=True)
-        self.computed |= {key: Row(tokens, own, self.following[key[0]][key[1]]) for key, tokens, own in rows}
+        self.computed |= {key: NextTokens(tokens, own, self.following[key[0]][key[1]]) for key, tokens, own in rows}
 
     def compute_likely(self, count: int) -> None:
-        """Compute the anchors' rows and the `count` rows of each text that its tree most likely reaches."""
+        """Compute the anchors' rows and those that trees most likely reach.
+
+        Args:
+            count (`int`):
+                Rows of each text.
+        """
         keys = [(text, 0, 0) for text in range(len(self.log_probs))]
         for text, slots in enumerate(self.log_probs):
             # The way down takes the best token of each slot. Given the one before it, a token is surer than its
@@ -259,4 +284,4 @@ def top_log_probs(logits: torch.Tensor, k: int, temperature: float) -> tuple[tor
     return top.indices, top.values
 
 
-__all__ = ["HeadRows", "Proposal", "Row", "Rows", "TableRows", "Transitions", "top_log_probs"]
+__all__ = ["HeadRows", "NextTokens", "Proposal", "TableRows", "TransitionRows", "Transitions", "top_log_probs"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .compat import kernels
-from .transitions import Proposal, Row, Rows, Transitions
+from .transitions import NextTokens, Proposal, TransitionRows, Transitions
 
 Permitted = Callable[[list[int]], torch.Tensor]
 
@@ -59,7 +59,12 @@ class DraftTree:
         ]
 
     def first(self, nodes: int) -> "DraftTree":
-        """Return the tree of the first nodes; parents stand before children, so any number is a tree."""
+        """Return the tree of the first nodes; parents stand before children, so any number is a tree.
+
+        Args:
+            nodes (`int`):
+                How many, root included.
+        """
         if nodes >= self.token_ids.shape[1]:
             return self
         return DraftTree(
@@ -104,7 +109,14 @@ def build_tree(proposal: Proposal, anchor_ids: torch.Tensor, tree_budget: int) -
 
 
 def build_on_device(transitions: Transitions, anchor_ids: torch.Tensor, tree_budget: int) -> DraftTree:
-    """Build the same trees where the tables are, without the host; path log-probabilities are added up in float32."""
+    """Build the same trees where the tables are, without the host; path log-probabilities are added up in float32.
+
+    Args:
+        transitions ([`Transitions`]):
+            The tables.
+        anchor_ids (`torch.LongTensor` of shape `(batch,)`), tree_budget (`int`):
+            See [`build_tree`].
+    """
     tree = kernels.build_tree(*transitions, tree_budget)
     token_ids = torch.cat([anchor_ids.to(tree.token_ids.device)[:, None], tree.token_ids[:, 1:]], dim=1)
     ancestor_mask = kernels.unpack_ancestor_words(tree.ancestor_words, tree_budget)  # (batch, nodes, nodes)
@@ -112,12 +124,12 @@ def build_on_device(transitions: Transitions, anchor_ids: torch.Tensor, tree_bud
 
 
 def build_tables(
-    rows: Rows, anchor_ids: torch.Tensor, tree_budget: int, permitted: Sequence[Permitted] | None = None
+    rows: TransitionRows, anchor_ids: torch.Tensor, tree_budget: int, permitted: Sequence[Permitted] | None = None
 ) -> list[NodeTable]:
     """Build the same trees on the host, one table per text, with what only the host can do.
 
     Args:
-        rows ([`Rows`]):
+        rows ([`TransitionRows`]):
             What the drafter proposes.
         anchor_ids (`torch.LongTensor` of shape `(batch,)`), tree_budget (`int`):
             See [`build_tree`].
@@ -137,12 +149,12 @@ def build_tables(
 
 
 def best_first(
-    read: Callable[[int, int], Row], anchor: int, tree_budget: int, permitted: Permitted | None = None
+    read: Callable[[int, int], NextTokens], anchor: int, tree_budget: int, permitted: Permitted | None = None
 ) -> NodeTable:
     """Pop the best open node until the budget is spent; only rows of the nodes on the tree are ever read.
 
     Args:
-        read (`Callable[[int, int], Row]`):
+        read (`Callable[[int, int], NextTokens]`):
             Returns the row of a depth index and a number.
         anchor (`int`), tree_budget (`int`), permitted (`Callable`, *optional*):
             See [`build_tables`], of one text.
@@ -158,7 +170,7 @@ def best_first(
             children = _permitted_children(children, permitted(_path_to(node, parent)))
         push(score, (*ranks, 0), parent, children)
 
-    def push(score: float, ranks: tuple, parent: int, children: Row) -> None:
+    def push(score: float, ranks: tuple, parent: int, children: NextTokens) -> None:
         # An entry stands for one child and, once taken, offers the next sibling. Ranks are unique: nothing after
         # them is ever compared.
         log_probs, rank = children.log_probs, ranks[-1]
@@ -191,17 +203,22 @@ def _path_to(node: NodeTable, index: int) -> list[int]:
     return path[::-1]
 
 
-def _permitted_children(children: Row, permitted: torch.Tensor) -> Row:
+def _permitted_children(children: NextTokens, permitted: torch.Tensor) -> NextTokens:
     """Drop children that may not be emitted and give their probability to the others."""
     token_ids, log_probs, next_rows = children
     kept = [rank for rank, token in enumerate(token_ids) if permitted[token]]
     mass = sum(math.exp(log_probs[rank]) for rank in kept)
     rest = math.log(mass) if mass > 0 else 0.0
-    return Row([token_ids[rank] for rank in kept], [log_probs[rank] - rest for rank in kept], next_rows)
+    return NextTokens([token_ids[rank] for rank in kept], [log_probs[rank] - rest for rank in kept], next_rows)
 
 
 def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
-    """Stack rows of host lists, padding shorter ones with unused nodes that see only themselves."""
+    """Stack the tables of a batch, padding shorter ones with unused nodes that see only themselves.
+
+    Args:
+        rows (`list[NodeTable]`):
+            One per text.
+    """
     nodes = max(len(row.token_ids) for row in rows)
 
     def stack(field: str, pad: float, dtype: type = np.int64) -> torch.Tensor:
@@ -212,8 +229,8 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
     masks = [row.ancestors + [1 << node for node in range(len(row.ancestors), nodes)] for row in rows]
     width = (nodes + 7) // 8
     packed = b"".join(word.to_bytes(width, "little") for words in masks for word in words)
-    octets = np.frombuffer(packed, dtype=np.uint8).reshape(len(rows), nodes, width)
-    sees = np.unpackbits(octets, axis=2, count=nodes, bitorder="little").view(np.bool_)
+    octets = np.frombuffer(packed, dtype=np.uint8).reshape(len(rows), nodes, width)  # (batch, nodes, nodes / 8)
+    sees = np.unpackbits(octets, axis=2, count=nodes, bitorder="little").view(np.bool_)  # (batch, nodes, nodes)
     return DraftTree(
         token_ids=stack("token_ids", 0),
         parents=stack("parents", -1),
@@ -224,7 +241,12 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
 
 
 def root_only(anchor_ids: torch.Tensor) -> DraftTree:
-    """Return trees without branches: plain decoding."""
+    """Return trees without branches: plain decoding.
+
+    Args:
+        anchor_ids (`torch.LongTensor` of shape `(batch,)`):
+            Newest committed tokens.
+    """
     token_ids = anchor_ids[:, None]
     zeros = torch.zeros_like(token_ids)
     return DraftTree(token_ids, zeros - 1, zeros, torch.ones_like(zeros[..., None], dtype=torch.bool), zeros.float())

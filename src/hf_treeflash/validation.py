@@ -2,18 +2,20 @@
 
 import inspect
 
+import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from .compat import CACHE
 from .draft_head import check_head, home_of
 from .knobs import DraftingKnobs
+from .protocols import Drafter, Target
 from .taps import decoder_layers
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def check_drafter(drafter) -> None:
+def check_drafter(drafter: Drafter) -> None:
     """Refuse a drafter without weights, or whose config was changed into something it was not built for.
 
     Raises:
@@ -31,7 +33,7 @@ def check_drafter(drafter) -> None:
         raise ValueError("The drafter has no weights: it is on the meta device. Load it with `from_pretrained`.")
 
 
-def check_pair(target, drafter) -> None:
+def check_pair(target: Target, drafter: Drafter) -> None:
     """Refuse a drafter that was not made for a target of this shape.
 
     Raises:
@@ -57,7 +59,7 @@ def check_pair(target, drafter) -> None:
         )
 
 
-def check_target(target) -> None:
+def check_target(target: Target) -> None:
     """Refuse targets whose passes cannot carry a tree.
 
     Raises:
@@ -88,8 +90,16 @@ def check_target(target) -> None:
         )
 
 
-def check_prompt(input_ids, generation_config: GenerationConfig, model_kwargs: dict) -> None:
+def check_prompt(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> None:
     """Refuse ids of a wrong shape, a mask that does not cover the prompt, and a cache that leaves nothing of it.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`):
+            The prompts.
+        generation_config ([`GenerationConfig`]):
+            Of the call.
+        model_kwargs (`dict`):
+            What else `generate` prepared for the target.
 
     Raises:
         ValueError: With the shape or both lengths.
@@ -112,11 +122,13 @@ def check_prompt(input_ids, generation_config: GenerationConfig, model_kwargs: d
         )
 
 
-def check_call(target, drafter, generation_mode, generation_config: GenerationConfig, mode_kwargs: dict) -> None:
+def check_call(
+    target: Target, drafter: Drafter, generation_mode, generation_config: GenerationConfig, mode_kwargs: dict
+) -> None:
     """Refuse what cannot work beside a TreeFlash drafter, before `generate` runs or prepares anything.
 
     Args:
-        target ([`PreTrainedModel`]), drafter ([`PreTrainedModel`]):
+        target ([`Target`]), drafter ([`Drafter`]):
             The pair.
         generation_mode ([`GenerationMode`]):
             The mode the call's flags ask for.

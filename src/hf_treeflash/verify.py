@@ -39,7 +39,7 @@ def walk(children: dict[tuple[int, int], int], choose: Callable[[int], int], emi
         emit (`Callable[[int], bool]`):
             Takes a token as emitted; True ends the text.
 
-    Source: arXiv 2606.03819, equality verification; for any tree the text has the target's law.
+    Source: arXiv 2606.03819, equality verification; for any tree the text has the target's distribution.
     """
     path, token_ids = [0], []
     while True:

@@ -1,9 +1,9 @@
-"""Outputs are those of plain `generate`: greedy token for token, sampled seed for seed and in law."""
+"""Outputs are those of plain `generate`: greedy token for token, sampled seed for seed and in distribution."""
 
 import pytest
 import torch
 
-from tests.law import check_law, text_law
+from tests.distribution import check_distribution, text_distribution
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 SAMPLERS = {
@@ -56,19 +56,19 @@ def test_same_seed_same_text_as_plain_sampling(targets, settings, head):
 
 @pytest.mark.parametrize(("batch", "samples", "length"), [(1, 500, 2), (100, 4000, 3)])
 def test_sampled_texts_have_the_targets_law(batch, samples, length):
-    """Sampled texts over five tokens against the exact law."""
+    """Sampled texts over five tokens against the exact distribution."""
     target = tiny_target(vocab_size=5, eos_token_id=None, bos_token_id=None, pad_token_id=None, initializer_range=0.15)
     drafter = with_knobs(tiny_drafter(vocab_size=5, mask_token_id=4, block_size=4), tree_budget=8, num_candidates=3)
     drafter.generation_config.branching = 3
     ids = torch.tensor([[1, 2]])
-    law = text_law(target, ids, length)
+    distribution = text_distribution(target, ids, length)
     torch.manual_seed(1234)
     texts: list[list[int]] = []
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": length, "pad_token_id": 0}
     for _ in range(samples // batch):
         ids_and_texts = target.generate(ids.expand(batch, -1), assistant_model=drafter, **settings)
         texts += ids_and_texts[:, 2:].tolist()
-    check_law(law, texts)
+    check_distribution(distribution, texts)
 
 
 def test_node_logits_equal_their_path_run_alone(targets):

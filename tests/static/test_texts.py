@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import TextStreamer
 
+from tests.distribution import check_distribution, text_distribution
 from tests.families.checks import ending_at
 from tests.families.models import FAMILIES
 from tests.generation.test_batch import padded
-from tests.law import check_law, text_law
 from tests.static.calls import drafter_of, generate, plainly, sessions, the_session
 from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
@@ -168,13 +168,13 @@ def test_a_seed_repeats_a_batch(target):
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
-def test_sampled_batches_have_the_targets_law():
-    """Texts of a batch over five tokens against the exact law; batches of one are compared with plain sampling."""
+def test_sampled_batches_have_the_targets_distribution():
+    """Texts of a batch over five tokens against the exact distribution; batches of one equal plain sampling."""
     target = tiny_target(vocab_size=5, eos_token_id=None, bos_token_id=None, pad_token_id=None, initializer_range=0.15)
     drafter = tiny_drafter(vocab_size=5, mask_token_id=4, block_size=4)
     drafter = with_knobs(drafter, tree_budget=8, num_candidates=3, branching=3)
     ids, samples = torch.tensor([[1, 2]]), 4000
-    law = text_law(target, ids, 3)
+    distribution = text_distribution(target, ids, 3)
     torch.manual_seed(1234)
     texts: list[list[int]] = []
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 3, "pad_token_id": 0}
@@ -182,5 +182,5 @@ def test_sampled_batches_have_the_targets_law():
         static = generate(target, drafter, {"input_ids": ids.expand(samples // 8, -1)}, **settings)
         assert static.block_efficiency > 1.1  # paths of several nodes, or the test shows little
         texts += static.sequences[:, 2:].tolist()
-    check_law(law, texts)
+    check_distribution(distribution, texts)
     assert the_session(drafter).round.noise is not None

@@ -83,7 +83,7 @@ class StaticDecoding(TreeDecoding):
             taken += 1
         self._stream(tokens[:taken])
         self.acceptance_lengths[row].append(taken)
-        self.generator.update_candidate_strategy(self.input_ids, None, taken - 1)
+        self.generator.observe(taken - 1)
         return finished
 
     def static_result(self):

@@ -8,7 +8,7 @@ class Noise:
     """Exponential noise for the draws of the coming tokens; the token with the largest `probability / noise` is drawn.
 
     That is how `torch.multinomial` draws one token. Nodes of one depth share the noise of the token they stand for:
-    the walk meets one of them, so each emitted token is an independent draw of the target's law.
+    the walk meets one of them, so each emitted token is an independent draw of the target's distribution.
 
     In a batch of one the noise of the tokens is drawn in their order and kept until they are emitted: the same seed
     gives the text of plain `generate`. In a batch rows advance at their own pace and every round draws anew.
