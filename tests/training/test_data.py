@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,72 @@ def test_bad_rows_are_named_and_refused_or_skipped(tokenizer, tmp_path, monkeypa
         chat_prompts(tokenizer, file, enable_thinking=False)
     with pytest.raises(ValueError, match="on_bad_row"):
         chat_prompts(tokenizer, file, enable_thinking=False, on_bad_row="ignore")
+
+
+def nested(depth: int) -> str:
+    return '{"prompt": "a", "more": ' + "[" * depth + "]" * depth + "}"
+
+
+ODD_ROWS = {
+    "lone surrogate": (r'{"prompt": "a \ud83d b"}', "surrogates not allowed"),
+    "lone low surrogate in a turn": (
+        r'{"messages": [{"role": "user", "content": "\udc00"}]}',
+        "surrogates not allowed",
+    ),
+    "surrogate as a role": (
+        r'{"messages": [{"role": "\ud83d", "content": "a"}, {"role": "user", "content": "a"}]}',
+        "cannot be rendered",
+    ),
+    "deep JSON": (nested(200_000), "not a line of JSON .RecursionError"),
+    "very long number": ('{"prompt": "a", "n": ' + "1" * 5000 + "}", "not a line of JSON .ValueError"),
+    "bytes that are no text": (b'{"prompt": "\xff"}', "not a line of JSON .UnicodeDecodeError"),
+    "a role the template refuses": (
+        {"messages": [{"role": "tool", "content": "a"}, {"role": "user", "content": "a"}]},
+        "TemplateError: no tools",
+    ),
+    "turns the template stumbles over": (
+        {"messages": [{"role": "user", "content": "a", "calls": 3}]},
+        "cannot be rendered .TypeError",
+    ),
+    "division by nothing": ({"messages": [{"role": "user", "content": "a", "share": 0}]}, "ZeroDivisionError"),
+    "nothing to say": ({"messages": [{"role": "user", "content": "quiet"}]}, "makes no token"),
+    "words in parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "expected `mess"),
+    "messages of None": ({"messages": [None]}, "expected `mess"),
+}
+PICKY = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{% for call in m.calls or [] %}{{ call }}{% endfor %}{% if m.share is defined %}{{ 1 / m.share }}{% endif %}"
+    "{% if m.content != 'quiet' %}{{ m.role }} {{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(("row", "reason"), ODD_ROWS.values(), ids=ODD_ROWS)
+def test_odd_rows_are_named_too(tokenizer, tmp_path, monkeypatch, row, reason):
+    warnings = []
+    monkeypatch.setattr("hf_treeflash.training.data.logger", SimpleNamespace(warning=warnings.append))
+    monkeypatch.setattr(tokenizer, "chat_template", PICKY)
+    lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()]
+    good = b'{"prompt": "a"}'
+    file = tmp_path / "chats.jsonl"
+    file.write_bytes(b"\n".join([good, *lines, good]))
+    prompts = chat_prompts(tokenizer, file, enable_thinking=False, on_bad_row="skip")
+    assert [prompt.source for prompt in prompts] == [f"{file}:1", f"{file}:3"]
+    (warning,) = warnings
+    assert warning.startswith(f"skipped {file}:2: ") and re.search(reason, warning), warning
+    with pytest.raises(ValueError, match=rf"chats\.jsonl:2: .*{reason}"):
+        chat_prompts(tokenizer, file, enable_thinking=False)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_text_files_that_cannot_be_read_are_named(tokenizer, tmp_path, monkeypatch, name):
+    warnings = []
+    monkeypatch.setattr("hf_treeflash.training.data.logger", SimpleNamespace(warning=warnings.append))
+    (tmp_path / "good.txt").write_text("a b c a")
+    files = [tmp_path / name, tmp_path / "good.txt"]
+    assert len(text_prompts(tokenizer, files, length=2, stride=2, on_bad_row="skip")) == 2
+    assert str(tmp_path / name) in warnings[0] and "cannot be read" in warnings[0]
+    with pytest.raises(ValueError, match="cannot be read"):
+        text_prompts(tokenizer, files, length=2, stride=2)
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer, tmp_path):

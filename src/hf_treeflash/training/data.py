@@ -66,7 +66,8 @@ def chat_prompts(
         split (`str`, *optional*, defaults to `"train"`):
             Of a data set.
         on_bad_row (`str`, *optional*, defaults to `"refuse"`):
-            `"refuse"` or `"skip"` rows that are no conversation; both name their place.
+            `"refuse"` or `"skip"` rows that are no conversation, or that template or tokenizer cannot take; both name
+            their place.
 
     Returns:
         `list[Prompt]`
@@ -79,11 +80,29 @@ def chat_prompts(
         if messages is None:
             bad_rows.report(place, "expected `messages` with a user message, or a `prompt` string.")
             continue
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=enable_thinking, return_dict=True
-        )
-        prompts.append(Prompt(list(encoded["input_ids"]), place))
+        try:
+            input_ids = _render(tokenizer, messages, enable_thinking)
+        except Exception as error:  # of a template or a tokenizer, which may raise anything
+            bad_rows.report(place, f"it cannot be rendered ({_in_words(error)}).")
+            continue
+        if input_ids:
+            prompts.append(Prompt(input_ids, place))
+        else:
+            bad_rows.report(place, "the chat template makes no token of it.")
     return prompts
+
+
+def _render(tokenizer, messages: list[dict], enable_thinking: bool) -> list[int]:
+    for message in messages:
+        message["content"].encode()  # JSON can spell characters that are none
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=enable_thinking, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _rows(source, split: str, bad_rows: BadRows) -> Iterator[tuple[str, object]]:
@@ -99,8 +118,8 @@ def _rows(source, split: str, bad_rows: BadRows) -> Iterator[tuple[str, object]]
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
-                    bad_rows.report(place, f"not a line of JSON ({error}).")
+                except (ValueError, RecursionError) as error:
+                    bad_rows.report(place, f"not a line of JSON ({_in_words(error)}).")
                     continue
                 yield place, row
 
@@ -129,7 +148,7 @@ def text_prompts(
         tokenizer ([`PreTrainedTokenizerBase`]):
             The target's.
         files (`Iterable[str]`):
-            UTF-8 text; others are bad rows.
+            UTF-8 text; others, and what cannot be read, are bad rows.
         length, stride (`int`):
             In tokens.
         on_bad_row (`str`, *optional*, defaults to `"refuse"`):
@@ -140,14 +159,16 @@ def text_prompts(
     """
     bad_rows, prompts = BadRows(on_bad_row), []
     for file in files:
-        data = Path(file).read_bytes()
         try:
-            text = data.decode()
+            data = Path(file).read_bytes()
+            ids = tokenizer(data.decode())["input_ids"]
         except UnicodeDecodeError as error:
             line = data[: error.start].count(b"\n") + 1
             bad_rows.report(f"{file}:{line}", "not UTF-8 text.")
             continue
-        ids = tokenizer(text)["input_ids"]
+        except Exception as error:  # of the file system or the tokenizer
+            bad_rows.report(str(file), f"it cannot be read ({_in_words(error)}).")
+            continue
         for start in range(0, len(ids) - length + 1, stride):
             prompts.append(Prompt(ids[start : start + length], f"{file}:token {start}"))
     return prompts
