@@ -72,6 +72,13 @@ class PrefixCache:
         self.storages: list[Storage] | None = None  # until the first commit
         self.kept = self._kept()
 
+    def over(self, cache: Cache) -> "PrefixCache":
+        """Return the prefix as another cache holds it, one column of a pass behind it: some targets read texts anew."""
+        other = PrefixCache(cache, keep_rows=self.rows is not None)
+        other.length -= 1
+        other.valid = None if self.valid is None else self.valid[:, self.length - other.length :]
+        return other
+
     def stored(self, place: int) -> int:
         """Return how many columns of the prefix a layer holds; none before its first pass."""
         layer = self.cache.layers[place]
