@@ -73,7 +73,7 @@ class PrefixCache:
         self.kept = self._kept()
 
     def over(self, cache: Cache) -> "PrefixCache":
-        """Return the prefix as another cache holds it, one column of a pass behind it: some targets read texts anew."""
+        """Return the prefix in another cache, one column of a pass behind it: some targets read texts anew."""
         other = PrefixCache(cache, keep_rows=self.rows is not None)
         other.length -= 1
         other.valid = None if self.valid is None else self.valid[:, self.length - other.length :]

@@ -11,11 +11,12 @@ from .cache import PrefixCache, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
 from .compat import CACHE
 from .context import Context, recall_context, remember_context
-from .exactness import Exactness, plain_step
+from .exactness import Exactness
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
 from .outputs import Recorder
+from .probe import plain_step
 from .round_state import RoundState
 from .rows import Rows
 from .sequences import Sequences

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +17,11 @@ def layers_of(module) -> nn.ModuleList | None:
     return next((layers for layers in found if isinstance(layers, nn.ModuleList)), None)
 
 
-def decoder_of(target) -> nn.Module:
+def decoder_of(target) -> Any:
     """Return the module that runs a target's layers: some give another for their decoder."""
-    found = target.get_decoder(), target.base_model, getattr(target, "model", None)
-    return next((module for module in found if layers_of(module) is not None), found[0])
+    first = target.get_decoder()
+    others = target.base_model, getattr(target, "model", None)
+    return next((module for module in (first, *others) if layers_of(module) is not None), first)
 
 
 def decoder_layers(target) -> nn.ModuleList | None:

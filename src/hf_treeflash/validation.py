@@ -102,10 +102,10 @@ def check_adapters(target) -> None:
     # Beside virtual tokens PEFT prepares the inputs itself, without the positions of a tree's nodes.
     wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)
     kind = getattr(wrapper, "active_peft_config", None)
-    if getattr(kind, "is_prompt_learning", False):
+    if kind is not None and kind.is_prompt_learning:
         raise ValueError(
-            f"{type(target).__name__} is adapted by {kind.peft_type.value.replace('_', ' ').lower()}: PEFT puts virtual "
-            "tokens before the text and drops the positions that the nodes of a tree need. LoRA and its kin work."
+            f"{type(target).__name__} is adapted by {kind.peft_type.value}: PEFT puts virtual tokens before the text "
+            "and drops the positions that the nodes of a tree need. LoRA and its kin work."
         )
     if not hasattr(target, "peft_config"):
         return

@@ -1,4 +1,4 @@
-"""Targets whose pass over a tree is not their step-by-step pass: found out, then drafted for only where it is exact."""
+"""Targets whose pass over a tree is not their step-by-step pass: found out, and drafted for only where exact."""
 
 import copy
 import inspect
@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, Phi3Config
 from transformers.utils import logging
 
-from hf_treeflash import exactness
+from hf_treeflash import probe
 from hf_treeflash.compat import CACHE
 from hf_treeflash.lengths import ENDLESS, Lengths
 from hf_treeflash.memory import forget
@@ -47,9 +47,11 @@ def drafter(**knobs):
 def sizes_of_passes(target) -> list[int]:
     """Return a list that grows by the number of tokens of each of the target's passes."""
     sizes: list[int] = []
-    target.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+
+    def note(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].shape[1])
+
+    target.register_forward_pre_hook(note, with_kwargs=True)
     return sizes
 
 
@@ -332,11 +334,11 @@ def test_in_half_precision_a_real_fault_is_still_found(dtype):
 def test_how_far_rounding_is_from_the_tolerance(family, monkeypatch):
     """Every supported family stays ten times below it."""
     seen = []
-    measure = exactness.apart
-    monkeypatch.setattr(exactness, "apart", lambda *pair: seen.append(measure(*pair)) or seen[-1])
+    measure = probe.apart
+    monkeypatch.setattr(probe, "apart", lambda *pair: seen.append(measure(*pair)) or seen[-1])
     target = family.build()
     target.generate(**family.inputs(3), assistant_model=drafter(), **{**GREEDY, "max_new_tokens": 2})
-    assert len(seen) == 2 and max(largest for largest, _ in seen) < exactness.FULL / 10
+    assert len(seen) == 2 and max(largest for largest, _ in seen) < probe.FULL / 10
 
 
 def test_activated_lora_is_refused_by_name():
