@@ -73,6 +73,13 @@ class PrefixCache:
         self.of_layers = [kept for layer in cache.layers for kept in kept_by(layer, rewinds) or ()]
         self.kept: list[Kept | Storage] = [*self.of_layers]  # the same, by storages where a single text has them
 
+    def over(self, cache: Cache) -> "PrefixCache":
+        """Return the prefix in another cache, one column of a pass behind it: some targets read texts anew."""
+        other = PrefixCache(cache, keep_rows=self.rows is not None)
+        other.length -= 1
+        other.valid = None if self.valid is None else self.valid[:, self.length - other.length :]
+        return other
+
     def stored(self, place: int) -> int:
         """Return how many columns of the prefix a layer holds; none before its first pass."""
         layer = self.cache.layers[place]

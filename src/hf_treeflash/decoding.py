@@ -11,10 +11,12 @@ from .cache import PrefixCache, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
 from .compat import CACHE
 from .context import Context, remember_context, take_context
+from .exactness import Exactness
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
 from .outputs import Recorder
+from .probe import plain_step
 from .protocols import Drafter, Target
 from .round_state import RoundState
 from .rows import Rows
@@ -59,6 +61,7 @@ class TreeDecoding:
         self.verifier = Verifier(target)
         self.prunes = bool(askable(logits_processor))
         self.recorder = Recorder(generation_config, batch)
+        self.exactness = Exactness(self.verifier, model_kwargs, self.forward_kwargs)
         self.acceptance_lengths: list[list[int]] = [[] for _ in range(batch)]
         self.generator = TreeFlashCandidateGenerator(
             drafter,
@@ -84,20 +87,41 @@ class TreeDecoding:
             state ([`RoundState`]):
                 After the prompt; it is left as after the last round.
         """
-        with recording_past(state.prefix.cache):
-            try:
-                while state.rows:
-                    started = time.perf_counter()
-                    tree = self.draft(state)
-                    outputs, hidden_states = self.verify(state, tree)
-                    verdicts = self.walk(state, tree, outputs)
-                    self.commit(state, verdicts, hidden_states)
-                    if self.auto is not None:
-                        self.auto.observe(tree, verdicts, time.perf_counter() - started)
-            except BaseException:
-                state.prefix.rollback()
-                state.prefix.restore_rows()
-                raise
+        try:
+            while state.rows:
+                with recording_past(state.prefix.cache):
+                    while state.rows and not self.exactness.is_border(state, self.sequences):
+                        self.round(state)
+                if state.rows:
+                    self.plain_round(state)
+        except BaseException:
+            state.prefix.rollback()
+            state.prefix.restore_rows()
+            raise
+
+    def round(self, state: RoundState) -> None:
+        """Draft, verify, walk and commit once."""
+        started = time.perf_counter()
+        tree = self.draft(state)
+        outputs, hidden_states = self.verify(state, tree)
+        verdicts = self.walk(state, tree, outputs)
+        self.commit(state, verdicts, hidden_states)
+        if self.auto is not None:
+            self.auto.observe(tree, verdicts, time.perf_counter() - started)
+
+    def plain_round(self, state: RoundState) -> None:
+        """Run a single text's newest token as plain decoding does, where the target may read the text anew."""
+        ids = self.sequences.prefix(0)
+        state.taps.clear()
+        kwargs = self.model_kwargs | state.taps.model_kwargs
+        outputs = plain_step(self.target, state.prefix.cache, ids, kwargs, ids.shape[1] - self.input_ids.shape[1])
+        if outputs[CACHE] is not state.prefix.cache:
+            state.prefix.restore_rows()
+            state.prefix = state.prefix.over(outputs[CACHE])
+        hidden_states = state.taps.take(outputs)[:, -1:]  # (1, 1, taps * hidden_size)
+        outputs.logits = outputs.logits[:, -1:]  # (1, 1, vocab)
+        tree = root_only(state.anchor_ids)
+        self.commit(state, self.walk(state, tree, outputs), hidden_states)
 
     def prefill(self, taps: Taps) -> RoundState:
         """Run the target over the prompt as plain decoding does, and choose the first token.
@@ -122,6 +146,7 @@ class TreeDecoding:
         if earlier is not None:
             self.generator.prefix, pending = earlier
             state.pending = [Context.joined([pending, *state.pending])]
+        self.exactness.start(state, self.input_ids, outputs.logits[:, -1])
         # The prompt's last token is the root of a tree without branches.
         self._end_round(state, self._walk(state.rows, [{} for _ in state.rows], outputs.logits[:, -1:]))
         return state
@@ -133,7 +158,8 @@ class TreeDecoding:
             state ([`RoundState`]):
                 Of the round; a draft reads what is pending.
         """
-        if self.auto is not None and not self.auto.drafts():
+        room = self.exactness.room(state, self.sequences)
+        if room == 1 or (self.auto is not None and not self.auto.drafts()):
             return root_only(state.anchor_ids)  # its context is read with the next draft
         tree = self.generator.draft_tree(
             state.anchor_ids,
@@ -145,7 +171,7 @@ class TreeDecoding:
         state.pending = []
         if self.auto is not None:
             tree = tree.first(self.auto.size(tree))
-        return tree.to(state.anchor_ids.device)
+        return tree.first(room).to(state.anchor_ids.device)
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
         """Return for some rows of the call what can say which tokens may follow their texts."""

@@ -4,11 +4,16 @@ import functools
 import importlib
 
 from transformers import GenerationMixin
+from transformers.utils import logging
 
 from .cache import check_restorable
 from .compat import CACHE
 from .decoding import TreeDecoding
+from .lengths import Lengths
+from .outputs import TreeFlashGenerateOutput
 from .validation import check_call, check_prompt
+
+logger = logging.get_logger(__name__)
 
 
 def tree_decoding(
@@ -32,6 +37,10 @@ def tree_decoding(
     """
     check_restorable(model_kwargs.get(CACHE))
     check_prompt(input_ids, generation_config, model_kwargs)
+    if meets_switch(target, input_ids, generation_config, model_kwargs):
+        return plain_decoding(
+            target, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+        )
     decoding = TreeDecoding
     if getattr(generation_config, "_treeflash_static", False):
         if getattr(model_kwargs[CACHE], "_is_user_defined", False):
@@ -47,6 +56,38 @@ def tree_decoding(
         streamer=streamer,
         model_kwargs=model_kwargs,
     ).run()
+
+
+def meets_switch(target, input_ids, generation_config, model_kwargs: dict) -> bool:
+    """Whether rows of a batch may come to a length at which the target changes for all rows of a pass at once."""
+    if len(input_ids) == 1:
+        return False
+    positions = model_kwargs["position_ids"][..., -1]
+    new = generation_config.max_length - input_ids.shape[1]
+    first, last = int(positions.min()) + 1, max(int(positions.max()) + 1, input_ids.shape[1]) + new
+    return Lengths.of(target).switch_between(first, last) is not None
+
+
+def plain_decoding(
+    target, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: dict
+):
+    """Decode without a drafter; a dictionary output is one of ours."""
+    logger.warning_once(
+        f"This batch is decoded without its drafter: it may grow beyond the length at which {type(target).__name__} "
+        "changes its rotary embedding, for all rows at once and so in step. Single prompts are drafted for."
+    )
+    output = target._sample(
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        streamer=streamer,
+        **model_kwargs,
+    )
+    if not generation_config.return_dict_in_generate:
+        return output
+    ones = [[1] * (output.sequences.shape[1] - input_ids.shape[1] - 1) for _ in input_ids]
+    return TreeFlashGenerateOutput(**output, acceptance_lengths=ones, block_efficiency=1.0)
 
 
 def is_treeflash(drafter, generation_config) -> bool:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,16 +11,27 @@ from torch import nn
 LAYER_LISTS = ("layers", "h")  # how families call the list of their decoder's layers
 
 
+def layers_of(module) -> nn.ModuleList | None:
+    """Return a decoder's list of layers; None where it has none of a known name."""
+    found = (getattr(module, name, None) for name in LAYER_LISTS)
+    return next((layers for layers in found if isinstance(layers, nn.ModuleList)), None)
+
+
+def decoder_of(target) -> Any:
+    """Return the module that runs a target's layers: some give another for their decoder."""
+    first = target.get_decoder()
+    others = target.base_model, getattr(target, "model", None)
+    return next((module for module in (first, *others) if layers_of(module) is not None), first)
+
+
 def decoder_layers(target) -> nn.ModuleList | None:
     """Return the layers of a target's decoder, or None where they are not kept in a list of a known name."""
-    decoder = target.get_decoder()
-    found = (getattr(decoder, name, None) for name in LAYER_LISTS)
-    return next((layers for layers in found if isinstance(layers, nn.ModuleList)), None)
+    return layers_of(decoder_of(target))
 
 
 def is_compiled(target) -> bool:
     """Whether a target or a part of it was compiled: such code may skip hooks that were set after its first run."""
-    modules = [target, target.get_decoder(), *(decoder_layers(target) or ())]
+    modules = [target, decoder_of(target), *(decoder_layers(target) or ())]
     return any(
         module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
         for module in modules
@@ -87,7 +99,7 @@ class Taps:
     @contextmanager
     def hooked(self, target) -> Iterator["Taps"]:
         """Set the hooks while the context is open."""
-        decoder, layers = target.get_decoder(), decoder_layers(target)
+        decoder, layers = decoder_of(target), decoder_layers(target)
         handles = []
         if not self.model_kwargs and layers is not None:
             final = self.count - 1

@@ -78,6 +78,11 @@ def check_target(target: Target) -> None:
         )
     if getattr(config, "attention_chunk_size", None) is not None:
         raise ValueError(f"{type(target).__name__} uses chunked attention, which a tree does not fit into.")
+    if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":
+        raise ValueError(
+            f"{type(target).__name__} keeps only the last loop's keys and values (`recurrent_kv_cache_mode`), which "
+            "makes what a token gives depend on what else is in its pass. Set the mode to 'per_loop'."
+        )
     if decoder_layers(target) is None:
         raise ValueError(
             f"{type(target).__name__} does not keep its decoder layers in `layers` or `h`, where drafters read."
@@ -88,6 +93,32 @@ def check_target(target: Target) -> None:
         raise ValueError(
             f"{type(target).__name__} takes no `position_ids`, which the nodes of a tree need: siblings share one."
         )
+
+
+def check_adapters(target) -> None:
+    """Refuse PEFT adapters whose effect on a token hangs on its place in a pass.
+
+    Raises:
+        ValueError: Naming the kind of adapter.
+    """
+    # Beside virtual tokens PEFT prepares the inputs itself, without the positions of a tree's nodes.
+    wrapper = getattr(target.prepare_inputs_for_generation, "__self__", target)
+    kind = getattr(wrapper, "active_peft_config", None)
+    if kind is not None and kind.is_prompt_learning:
+        raise ValueError(
+            f"{type(target).__name__} is adapted by {kind.peft_type.value}: PEFT puts virtual tokens before the text "
+            "and drops the positions that the nodes of a tree need. LoRA and its kin work."
+        )
+    if not hasattr(target, "peft_config"):
+        return
+    layers = (module for module in target.modules() if hasattr(module, "merged_adapters"))
+    active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    for name in sorted(active & set(target.peft_config)):
+        if getattr(target.peft_config[name], "alora_invocation_tokens", None):
+            raise ValueError(
+                f"The adapter {name!r} is an activated LoRA (`alora_invocation_tokens`), which counts its tokens from "
+                "the end of a pass; the nodes of a tree do not stand in the order of the text. Merge or disable it."
+            )
 
 
 def check_prompt(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> None:
@@ -155,6 +186,7 @@ def check_call(
     if generation_config.use_cache is False:
         raise ValueError("TreeFlash drafting needs the target's cache; call `generate` with `use_cache=True`.")
     check_target(target)
+    check_adapters(target)
     check_drafter(drafter)
     check_pair(target, drafter)
     check_head(target.get_output_embeddings(), knobs)

@@ -132,11 +132,11 @@ def test_maskless_attention_prefills_and_leaves_the_trees_to_another(maskless, c
     plain = target.generate(prompt(), do_sample=False, max_new_tokens=20, eos_token_id=None)
     # Not by its setter, which looks names with "flash" up among the kernels on the Hub.
     target.config._attn_implementation_internal = "stub_flash"
-    for _ in range(2):
+    for probe in (2, 0):  # the first call also takes two steps of plain decoding, to compare a tree with
         maskless.clear()
         settings = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
         assert torch.equal(plain, target.generate(prompt(), assistant_model=drafter_for(target), **settings))
-        assert maskless == [7] * 4  # the prompt, in four layers
+        assert maskless == [7] * 4 + [1] * 4 * probe  # the prompt, in four layers
         assert target.config._attn_implementation == "stub_flash"
     logging.disable_propagation()
     told = [record.getMessage() for record in caplog.records if "stub_flash" in record.getMessage()]

@@ -7,10 +7,10 @@ import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
+    BertConfig,
+    BertLMHeadModel,
     DynamicCache,
     GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     StaticCache,
     StoppingCriteria,
     TextStreamer,
@@ -45,6 +45,11 @@ def on_meta(model):
 def encoder_decoder():
     sizes = {"encoder_layers": 1, "decoder_layers": 4, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     return AutoModelForSeq2SeqLM.from_config(BartConfig(vocab_size=24, d_model=32, **sizes))
+
+
+def bert_decoder():
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "is_decoder": True}
+    return BertLMHeadModel(BertConfig(vocab_size=24, hidden_size=32, **sizes))
 
 
 def config_object(**fields):
@@ -104,8 +109,8 @@ REFUSED = {
     "target without weights": ({"target": lambda: on_meta(tiny_target())}, "target .*meta"),
     "encoder-decoder target": ({"target": encoder_decoder}, "encoder-decoder"),
     "target of another build": (
-        {"target": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=24, n_embd=32, n_layer=4, n_head=2))},
-        "GPT2LMHeadModel does not keep its decoder layers in `layers`",
+        {"target": bert_decoder},
+        "BertLMHeadModel does not keep its decoder layers in `layers` or `h`",
     ),
     "beams": ({"num_beams": 3}, "`num_beams=1`"),
     "beams in a config object": (config_object(num_beams=2), "`num_beams=1`"),
