@@ -75,7 +75,7 @@ class PrefixCache:
 
     def over(self, cache: Cache) -> "PrefixCache":
         """Return the prefix in another cache, one column of a pass behind it: some targets read texts anew."""
-        other = PrefixCache(cache, keep_rows=self.rows is not None)
+        other = PrefixCache(cache, rows=self.rows, rewinds=self.rewinds)
         other.length -= 1
         other.valid = None if self.valid is None else self.valid[:, self.length - other.length :]
         return other
