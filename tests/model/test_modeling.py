@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 from hf_treeflash import TreeFlashConfig
+from hf_treeflash.compat import CACHE
 from hf_treeflash.knobs import DraftingKnobs
 from hf_treeflash.tree import build_tree
 from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target
@@ -60,6 +61,16 @@ def test_context_in_parts_equals_context_at_once():
     parts = drafter.draft(anchors, context[:, 4:], embed, lm_head, cache=cache)
     assert torch.equal(once.token_ids, parts.token_ids)
     torch.testing.assert_close(once.log_probs, parts.log_probs, atol=1e-5, rtol=1e-5)
+
+
+def test_forward_takes_the_cache_by_both_of_transformers_names():
+    drafter = tiny_drafter()
+    noise, context = torch.randn(1, 8, 32), torch.randn(1, 5, 64)
+    caches = {name: DynamicCache(config=drafter.config) for name in ("cache", "past_key_values")}
+    outputs = [drafter(noise, context, **{name: cache}) for name, cache in caches.items()]
+    assert torch.equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
+    for output, cache in zip(outputs, caches.values(), strict=True):
+        assert output[CACHE] is cache and cache.get_seq_length() == 13
 
 
 def test_transitions_follow_the_paper_row_by_row():

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from hf_treeflash.transitions import Transitions
-from hf_treeflash.tree import build_on_device, build_tree
+from hf_treeflash import tree as tree_module
+from hf_treeflash.transitions import NextTokens, Transitions
+from hf_treeflash.tree import build_on_device, build_tables, build_tree
 
 
 def random_transitions(seed, depth=4, rows=3, branching=3, batch=1, quantised=False, holes=0.0):
@@ -79,6 +80,65 @@ def test_both_builders_agree(budget):
             a, b = getattr(host, field), getattr(device, field)
             nodes = a.shape[1]
             torch.testing.assert_close(a, b[:, :nodes, :nodes] if field == "ancestor_mask" else b[:, :nodes])
+
+
+def test_tables_on_a_device_are_built_there_where_kernels_are_at_hand(monkeypatch):
+    transitions, anchors, built = random_transitions(1), torch.tensor([7]), []
+    build = tree_module.build_on_device
+    monkeypatch.setattr(tree_module, "build_on_device", lambda *args: built.append(args) or build(*args))
+    host = build_tree(transitions, anchors, 9)
+    assert not built
+    monkeypatch.setattr(Transitions, "device_tables", lambda self: self)
+    assert torch.equal(build_tree(transitions, anchors, 9).token_ids, host.token_ids) and len(built) == 1
+    monkeypatch.setattr(tree_module, "kernels", None)  # a repository's code, without the package
+    assert torch.equal(build_tree(transitions, anchors, 9).token_ids, host.token_ids) and len(built) == 1
+
+
+class RowPerNode:
+    """A head that looks at the whole path: every node has a row of its own, computed in the round after it was met."""
+
+    def __init__(self, depth: int, branching: int):
+        self.depth, self.branching = depth, branching
+        self.paths: list[tuple[int, ...]] = [()]
+        self.known: set[int] = set()
+        self.asked: set[int] = set()
+
+    def after(self, path: tuple[int, ...]) -> list[tuple[float, int]]:
+        generator = torch.Generator().manual_seed(hash(path) % 2**31)
+        log_probs = torch.randn(50, generator=generator).mul(2).log_softmax(-1).topk(self.branching)
+        return list(zip(log_probs.values.tolist(), log_probs.indices.tolist(), strict=True))
+
+    def read(self, text: int, depth: int, row: int) -> NextTokens:
+        if row not in self.known:
+            self.asked.add(row)
+            return NextTokens([], [], {})
+        children, next_rows = self.after(self.paths[row]), {}
+        for _, token in children if depth + 1 < self.depth else []:
+            path = (*self.paths[row], token)
+            if path not in self.paths:
+                self.paths.append(path)
+            next_rows[token] = self.paths.index(path)
+        return NextTokens([token for _, token in children], [score for score, _ in children], next_rows)
+
+    def compute_guessed(self) -> list[int]:
+        found, self.asked = [0] if self.asked else [], set()
+        self.known |= set(range(len(self.paths)))
+        return found
+
+
+@pytest.mark.parametrize("budget", [2, 7, 30])
+def test_rows_may_stand_for_whole_paths(budget):
+    rows = RowPerNode(depth=3, branching=4)
+    (table,) = build_tables(rows, torch.tensor([7]), budget)
+    nodes = [(0.0, ())]
+    for score, path in nodes:
+        if len(path) < rows.depth:
+            nodes += [(score + step, (*path, token)) for step, token in rows.after(path)]
+    best = sorted(nodes, key=lambda node: (-node[0], len(node[1])))[:budget]
+    built = [()]
+    for parent, token in zip(table.parents[1:], table.token_ids[1:], strict=True):
+        built.append((*built[parent], token))
+    assert built == [path for _, path in best]
 
 
 def test_structure_is_consistent():
