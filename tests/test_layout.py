@@ -146,6 +146,11 @@ def test_the_algorithms_parts_do_not_know_the_drafter(name):
     assert all(level == 0 or module in PARTS for level, module in imports(PACKAGE / f"{name}.py"))
 
 
+def test_what_calls_leave_for_later_ones_is_kept_in_one_place():
+    for name, path in FILES.items():
+        assert name == "memory" or (0, "weakref") not in imports(path), f"{name} imports weakref"
+
+
 def test_kernels_know_torch_triton_and_the_attention_registry_only():
     for path in (PACKAGE / "kernels").glob("*.py"):
         for level, module in imports(path):

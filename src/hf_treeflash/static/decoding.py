@@ -21,8 +21,8 @@ class StaticDecoding(TreeDecoding):
     """One `generate` call whose rounds run on the device over static caches, without a host synchronisation.
 
     Arguments are those of [`TreeDecoding`]. Prefill is plain decoding's. What [`why_dynamic`] names is decoded with
-    dynamic caches instead, after a warning. A dictionary output has no cache: the caches stay with the
-    drafter for the next call.
+    dynamic caches instead, after a warning. A dictionary output has no cache: the caches stay for the next call of the
+    pair, see [`session`].
     """
 
     def run(self):
