@@ -159,7 +159,7 @@ def check_call(target, drafter, generation_mode, generation_config: GenerationCo
     Raises:
         ValueError: Naming the option and what to do.
     """
-    knobs = DraftingKnobs.read(drafter.generation_config)
+    knobs = DraftingKnobs.read(drafter.generation_config, generation_config)
     if generation_mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"A TreeFlash drafter works with greedy decoding and sampling, not with {generation_mode.value}; "

@@ -60,7 +60,17 @@ MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_exp
 # What single families need beside that.
 OWN: dict[str, dict] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu"),
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm_moe_dsa",
+            "minicpm3",
+            "sarvam_mla",
+            "youtu",
+        ),
         MLA,
     ),
     "longcat_flash": MLA | {"num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 48, "zero_expert_num": 2},
