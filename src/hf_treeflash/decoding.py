@@ -67,6 +67,7 @@ class TreeDecoding:
             drafter,
             target.get_input_embeddings(),
             target.get_output_embeddings(),
+            generation_config,
             temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
         )
         self.auto = auto_budget(drafter, batch) if self.generator.knobs.is_auto else None
@@ -174,9 +175,18 @@ class TreeDecoding:
         return tree.first(room).to(state.anchor_ids.device)
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
+<<<<<<< HEAD
         """Return for some rows of the call what can say which tokens may follow their texts."""
         vocab_size = self.drafter.config.vocab_size
         return [Lookahead(self.processor.by_row[row], self.sequences.prefix(row), vocab_size) for row in rows]
+=======
+        """Return for each row of the batch what can say which tokens may follow its text."""
+        vocab_size, texts = self.drafter.config.vocab_size, self.sequences
+        return [
+            Lookahead(self.processor.by_row[row], texts.prefix(row), vocab_size, texts.room(row), texts.eos_ids)
+            for row in rows
+        ]
+>>>>>>> field
 
     def verify(self, state: RoundState, tree: DraftTree):
         """Run the target once over the trees.
