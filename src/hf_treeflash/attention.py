@@ -21,13 +21,16 @@ logger = logging.get_logger(__name__)
 def attention_windows(config) -> dict[str | None, int | None]:
     """Return the sliding window of each kind of layer (None: full attention), keyed as the model wants its masks.
 
-    Models with several kinds of layers take one mask per kind; the others take a single mask, keyed None here.
+    Models with several kinds of attention take one mask per kind; the others take a single mask, keyed None here.
     """
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         return {None: window}
-    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(layer_types)}
+    kinds = [kind for kind in dict.fromkeys(layer_types) if kind in ("full_attention", "sliding_attention")]
+    if len(kinds) < len(set(layer_types)) and "sliding_attention" not in kinds:
+        return {None: None}  # hybrids name their masks in many ways, but all take a single one
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def within(queries: torch.Tensor, keys: torch.Tensor, reach: int) -> torch.Tensor:
@@ -94,7 +97,7 @@ def seen_by_nodes(tree: DraftTree, prefix: PrefixCache, columns: int, window: in
 
 def tree_masks(
     config, windows: dict[str | None, int | None], tree: DraftTree, prefix: PrefixCache, dtype: torch.dtype
-) -> torch.Tensor | dict[str | None, torch.Tensor] | None:
+) -> torch.Tensor | dict[str | None, torch.Tensor | None] | None:
     """Return the masks of a verify pass as the target takes them: one, one per kind of layer, or none for a bare root.
 
     Args:
@@ -109,14 +112,18 @@ def tree_masks(
     """
     if tree.token_ids.shape[1] == 1 and prefix.valid is None and not any(windows.values()):
         return None
-    masks = {}
+    masks: dict[str | None, torch.Tensor | None] = {}
     for kind, window in windows.items():
         if window is None and prefix.valid is None:  # every node sees the whole prefix
             masks[kind] = additive_mask(tree.ancestor_mask[:, None], dtype, seen=prefix.length)
         else:
-            columns = prefix.stored(0 if kind is None else config.layer_types.index(kind))
+            columns = prefix.length
+            if window is not None:
+                columns = prefix.stored(0 if kind is None else config.layer_types.index(kind))
             masks[kind] = additive_mask(seen_by_nodes(tree, prefix, columns, window), dtype)
-    return masks[None] if None in masks else masks
+    if None in masks:
+        return masks[None]
+    return dict.fromkeys(config.layer_types) | masks  # recurrent layers, which see by the tree itself, take none
 
 
 def additive_mask(visible: torch.Tensor, dtype: torch.dtype, seen: int = 0) -> torch.Tensor:

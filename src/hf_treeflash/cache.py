@@ -2,13 +2,43 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
-from .layers import Choice, Kept, Uploaded, kept_by, placed
+from .layers import Choice, Columns, Kept, Uploaded, Window, placed
 from .rows import Row, Rows
+from .states import Reached, State
 from .storage import Storage, StoredLayer, release, share
+
+
+def kept_by(layer: Any, rewinds: bool = False) -> list[Kept] | None:
+    """Return what a layer keeps; None for a layer from which nodes cannot be taken back.
+
+    Args:
+        layer ([`CacheLayerMixin`]):
+            Of a cache.
+        rewinds (`bool`, *optional*, defaults to `False`):
+            See [`Window`].
+    """
+    kind = type(layer)
+    if kind is DynamicLayer:
+        return [Columns(layer)]
+    if kind is DynamicSlidingWindowLayer:
+        return [Window(layer, rewinds)]
+    if kind in (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer) and layer.number_of_states == 1:
+        states: list[Kept] = [Reached(layer), State(layer)]
+        return states if kind is LinearAttentionLayer else [*states, Columns(layer)]
+    if kind.__name__ == "DummyLayer":  # of layers without a memory, such as experts alone; not in every release
+        return []
+    return None
 
 
 def check_restorable(cache: Cache | None) -> None:
@@ -28,14 +58,14 @@ def check_restorable(cache: Cache | None) -> None:
         if kept_by(layer) is None:
             raise ValueError(
                 f"Tree drafting cannot take rejected tokens back from layer {index} of the target's cache, a "
-                f"{type(layer).__name__}. Targets whose layers all use full or sliding-window attention work, with a "
-                "`DynamicCache` (what `generate` makes by itself) or with `cache_implementation='static'`."
+                f"{type(layer).__name__}. Layers with full or sliding-window attention work, and recurrent ones with "
+                "a single state, in a `DynamicCache` (what `generate` makes by itself)."
             )
 
 
 @contextmanager
 def recording_past(cache: Cache) -> Iterator[None]:
-    """Let sliding-window layers hold a pass's columns until they are committed, and only then trim to the window."""
+    """Let layers with a window or a convolution hold a pass's columns until it is committed."""
     before = [(layer, layer.record_past) for layer in cache.layers if hasattr(layer, "record_past")]
     cache.activate_past_recording()
     try:

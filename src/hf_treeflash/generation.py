@@ -4,6 +4,7 @@ import functools
 import importlib
 
 from transformers import GenerationMixin
+from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from .cache import check_restorable
@@ -134,6 +135,8 @@ def install_hook() -> None:
         if is_treeflash(drafter, generation_config):
             check_call(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
             choose_caches(generation_config)
+            if self._is_stateful:  # transformers' own chains cannot be taken back from a state, a tree can
+                generation_mode = GenerationMode.GREEDY_SEARCH
         return validate(self, generation_mode, generation_config, generation_mode_kwargs)
 
     for method, original in ((_assisted_decoding, decode), (_validate_generation_mode, validate)):

@@ -1,16 +1,17 @@
 """What a layer of a cache keeps of a text, with the verbs by which nodes of a tree stay there or go.
 
-A layer keeps columns, a window of columns, or (once such layers are supported) a state, or two of these, or nothing.
-Each thing kept answers to the same verbs, and nobody else asks what kind it is:
+A layer keeps columns, a window of columns, a state (see `states`), or some of these, or nothing. Each thing kept
+answers to the same verbs, and nobody else asks what kind it is:
 
 * `commit(choice)` keeps the chosen nodes of a pass, drops the others; `rollback(length)` drops a pass that broke off.
 * `select(index)` keeps some rows of the batch.
 * `row(index, filled)` copies what is kept of one row; `restore(rows, ends, length)` makes such copies the whole batch.
 * `trim(columns)` forgets all but the last columns, for drafters with a window.
 
-A further kind is a class with these verbs and its line in [`kept_by`]. A state needs of a choice only `paths`.
+A further kind is a class with these verbs and its line in `cache.kept_by`.
 """
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +71,22 @@ class Choice:
         # A row that shifts says for every new column where it was; -1 where it has none.
         self.index = Uploaded(self._sources(before) if self.shifts else torch.tensor(paths))
         self._columns: dict[tuple, torch.Tensor] = {}
+        self._newest: dict[tuple[int, int], Uploaded] = {}
+
+    @cached_property
+    def padded(self) -> Uploaded:
+        """The paths, `(batch, longest)`, shorter ones padded with -1."""
+        if not self.shifts:
+            return self.index
+        longest = max(map(len, self.paths))
+        return Uploaded(torch.tensor([path + [-1] * (longest - len(path)) for path in self.paths]))
+
+    def newest(self, stored: int, keep: int) -> Uploaded:
+        """Return where each row's last columns are among `stored` ones and the tail, wherever rows end in the text."""
+        if (stored, keep) not in self._newest:
+            columns = [[*range(stored), *(stored + node for node in path)][-keep:] for path in self.paths]
+            self._newest[stored, keep] = Uploaded(torch.tensor(columns))
+        return self._newest[stored, keep]
 
     def of(self, states: torch.Tensor, stored: int, keep: int) -> torch.Tensor:
         """Return what stays of a layer's columns.
@@ -237,22 +254,6 @@ class Window(Columns):
         self.layer.cumulative_length = length
 
 
-def kept_by(layer: Any, rewinds: bool = False) -> list[Kept] | None:
-    """Return what a layer keeps; None for a layer from which nodes cannot be taken back.
-
-    Args:
-        layer ([`CacheLayerMixin`]):
-            Of a cache.
-        rewinds (`bool`, *optional*, defaults to `False`):
-            See [`Window`].
-    """
-    if type(layer) is DynamicLayer:
-        return [Columns(layer)]
-    if type(layer) is DynamicSlidingWindowLayer:
-        return [Window(layer, rewinds)]
-    return None
-
-
 def window_of(layer: Any) -> int | None:
     """Return the sliding window of a layer, None if it has none."""
     return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
@@ -296,4 +297,4 @@ def placed(rows: list[torch.Tensor], ends: list[int], first: int, length: int) -
     return result
 
 
-__all__ = ["Choice", "Columns", "Kept", "Uploaded", "Window", "columns_at", "kept_by", "placed", "window_of"]
+__all__ = ["Choice", "Columns", "Kept", "Uploaded", "Window", "columns_at", "placed", "window_of"]

@@ -6,13 +6,14 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from .compat import CACHE
+from .compat import CACHE, recurrent_layers
 from .draft_head import check_head, home_of
 from .knobs import DraftingKnobs
 from .protocols import Drafter, Target
 from .taps import decoder_layers
 
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+# Experts and MLPs alone, as some hybrids have them, keep nothing of a text.
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "moe", "mlp"}
 
 
 def check_drafter(drafter: Drafter) -> None:
@@ -76,6 +77,8 @@ def check_target(target: Target) -> None:
             f"{type(target).__name__} has {odd[0]!r} layers, which cannot take the rejected tokens of a tree back. "
             "Targets whose layers all use full or sliding-window attention work."
         )
+    if (recurrent := recurrent_layers(config)) is not None:
+        recurrent.check_mixers(target)
     if getattr(config, "attention_chunk_size", None) is not None:
         raise ValueError(f"{type(target).__name__} uses chunked attention, which a tree does not fit into.")
     if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":

@@ -1,13 +1,14 @@
 """One target forward over a tree, and the walk from the root along the target's own choices."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
 from .attention import attention_windows, other_attention, replaced_attention, tree_masks
 from .cache import PrefixCache
-from .compat import CACHE
+from .compat import CACHE, recurrent_layers
 from .tree import DraftTree
 
 
@@ -68,6 +69,9 @@ class Verifier:
         self.windows = attention_windows(self.config)
         self.dtype = target.dtype
         self.attention = other_attention(target)
+        self.recurrent = recurrent_layers(self.config)
+        if self.recurrent is not None:
+            self.recurrent.install(target)
 
     def __call__(self, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
         """Run the target once over the nodes.
@@ -85,7 +89,8 @@ class Verifier:
         Returns:
             The target's output; `logits` has one row per node.
         """
-        with replaced_attention(self.config, self.attention):
+        in_force = nullcontext() if self.recurrent is None else self.recurrent.tree_in_force(tree, prefix)
+        with replaced_attention(self.config, self.attention), in_force:
             inputs = self.target.prepare_inputs_for_generation(
                 tree.token_ids,
                 attention_mask=tree_masks(self.config, self.windows, tree, prefix, self.dtype),

@@ -2,6 +2,8 @@
 
 import torch
 
+from hf_treeflash.compat import CACHE
+from tests.quoting import knows
 from tests.tiny import tiny_drafter, with_knobs
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
@@ -26,9 +28,15 @@ def assert_same_cache(ours, plain, spans: list[tuple[int, int]]) -> None:
     """Compare two caches on the columns that hold rows' own tokens, and in length and shape everywhere."""
     assert ours.get_seq_length() == plain.get_seq_length()
     assert len(ours.layers) == len(plain.layers)
+    last = max(stop for _, stop in spans)
     for mine, theirs in zip(ours.layers, plain.layers, strict=True):
-        assert type(mine) is type(theirs) and mine.get_seq_length() == theirs.get_seq_length()
+        assert type(mine) is type(theirs)
         assert not getattr(mine, "record_past", False)
+        # Plain decoding lets rows that ended read on; what it left of them in a state is compared elsewhere.
+        assert_same_states(mine, theirs, [row for row, (_, stop) in enumerate(spans) if stop == last])
+        if getattr(mine, "keys", None) is None:
+            continue
+        assert mine.get_seq_length() == theirs.get_seq_length()
         offset = mine.get_seq_length() - mine.keys.shape[2]
         for name in ("keys", "values"):
             a, b = getattr(mine, name), getattr(theirs, name)
@@ -38,16 +46,28 @@ def assert_same_cache(ours, plain, spans: list[tuple[int, int]]) -> None:
                 torch.testing.assert_close(a[row, :, start:stop], b[row, :, start:stop], **CLOSE)
 
 
-def check_greedy(target, drafter, inputs: dict, **settings) -> None:
-    """Compare greedy texts and the caches they leave behind."""
+def assert_same_states(mine, theirs, rows: list[int]) -> None:
+    """Compare what two layers of caches keep beside columns, in some rows."""
+    for name in ("conv_states", "recurrent_states"):
+        a, b = (getattr(layer, name, {0: None})[0] for layer in (mine, theirs))
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.shape == b.shape and a.dtype == b.dtype
+            torch.testing.assert_close(a[rows], b[rows], **CLOSE)
+
+
+def check_greedy(target, drafter, inputs: dict, **settings):
+    """Compare greedy texts and the caches they leave behind; return the drafted call's output."""
     settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, **settings}
     settings["return_dict_in_generate"] = True
     plain = target.generate(**inputs, **settings)
+    knows(drafter, plain.sequences, inputs["attention_mask"])
     tree = target.generate(**inputs, assistant_model=drafter, **settings)
     assert torch.equal(tree.sequences, plain.sequences)
     eos = settings["eos_token_id"]
     spans = own_columns(plain, inputs["attention_mask"], eos if isinstance(eos, list) else [eos])
     assert_same_cache(tree.past_key_values, plain.past_key_values, spans)
+    return tree
 
 
 def check_sampling(target, drafter, inputs: dict, seeds=range(3), **settings) -> None:
@@ -56,10 +76,58 @@ def check_sampling(target, drafter, inputs: dict, seeds=range(3), **settings) ->
     for seed in seeds:
         torch.manual_seed(seed)
         plain, state = target.generate(**inputs, **settings), torch.get_rng_state()
+        knows(drafter, plain, inputs["attention_mask"])
         torch.manual_seed(seed)
         tree = target.generate(**inputs, assistant_model=drafter, **settings)
         assert torch.equal(tree, plain)
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def check_rows_alone(target, drafter, inputs: dict, eos_token_id: list[int]) -> None:
+    """Compare what rows that ended early left in their states with the rows alone, their last token read.
+
+    In a plain batch such rows read padding tokens until the others end, and a state cannot forget them.
+    """
+    settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": eos_token_id}
+    plain = target.generate(**inputs, **settings)
+    knows(drafter, plain, inputs["attention_mask"])
+    cache = target.generate(**inputs, assistant_model=drafter, **settings, return_dict_in_generate=True)[CACHE]
+    for row, mask in enumerate(inputs["attention_mask"]):
+        alone = {key: value[row : row + 1, mask.bool()] for key, value in inputs.items()}
+        output = target.generate(**alone, **settings, return_dict_in_generate=True)
+        read = output.sequences.shape[1] - 1
+        if read + len(mask) - int(mask.sum()) < plain.shape[1] - 1:
+            with torch.no_grad():
+                last = {"input_ids": output.sequences[:, -1:], "position_ids": torch.tensor([[read]])}
+                target(**last, use_cache=True, **{CACHE: output[CACHE]})
+        for mine, theirs in zip(cache.layers, output[CACHE].layers, strict=True):
+            for name in ("conv_states", "recurrent_states"):
+                state = getattr(theirs, name, {0: None})[0]
+                if state is not None:
+                    torch.testing.assert_close(getattr(mine, name)[0][row : row + 1], state, **CLOSE)
+
+
+def check_second_turn(target, drafter, inputs: dict, **settings) -> None:
+    """Compare a second turn on each call's own cache, and a plain one on the cache of the drafted call."""
+    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, **settings}
+    settings["return_dict_in_generate"] = True
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    user = torch.randint(4, 20, (len(ids), 5), generator=torch.Generator().manual_seed(9))
+
+    def turns(first, second) -> list[torch.Tensor]:
+        """Write a turn, let the user say something, write another, with a drafter or without."""
+        before = target.generate(**inputs, **settings, **first)
+        text = torch.cat([before.sequences, user], dim=1)
+        longer = torch.cat([mask, mask.new_ones(len(ids), text.shape[1] - ids.shape[1])], dim=1)
+        after = target.generate(text, attention_mask=longer, **{CACHE: before[CACHE]}, **settings, **second)
+        return [before.sequences, after.sequences]
+
+    plain = turns({}, {})
+    knows(drafter, plain[1], mask)
+    ours = {"assistant_model": drafter}
+    for first, second in ((ours, ours), (ours, {}), ({}, ours)):
+        for mine, theirs in zip(turns(first, second), plain, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def ending_at(target, inputs: dict, steps: list[int]) -> list[int]:

@@ -2,8 +2,17 @@
 
 from pathlib import Path
 
-from tests.families.checks import check_greedy, check_sampling, drafter_for, ending_at
+from tests.families.checks import (
+    check_greedy,
+    check_rows_alone,
+    check_sampling,
+    check_second_turn,
+    drafter_for,
+    ending_at,
+)
+from tests.families.hybrids import FIRST_TURN_ONLY
 from tests.families.models import FAMILIES, REFUSED, Family
+from tests.quoting import quoting_drafter
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
@@ -21,6 +30,21 @@ def check_family(family: Family, head: bool) -> None:
     check_greedy(target, drafter, batch, **SETTINGS)
     check_greedy(target, drafter, batch, **SETTINGS, eos_token_id=ending_at(target, batch, [2, 9]))
     check_sampling(target, drafter, family.inputs(seed=2), **SETTINGS)
+
+
+def check_hybrid(family: Family) -> None:
+    """Check one family with recurrent layers, with a drafter whose drafts are accepted."""
+    target, drafter = family.build(), quoting_drafter()
+    for inputs in (family.inputs(), family.inputs(3, seed=1)):
+        output = check_greedy(target, drafter, inputs)
+        assert output.block_efficiency > 2
+    batch = family.inputs(3, seed=1)
+    ends = ending_at(target, batch, [2, 9])
+    check_greedy(target, drafter, batch, eos_token_id=ends)
+    check_rows_alone(target, drafter, batch, ends)
+    check_sampling(target, drafter, family.inputs(seed=2))
+    if family.name not in FIRST_TURN_ONLY:
+        check_second_turn(target, drafter, family.inputs(seed=4))
 
 
 def refusal(family: Family) -> str:

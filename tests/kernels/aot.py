@@ -82,6 +82,23 @@ def compact(width: int) -> dict:
     return simple("compact", "_compact_kernel", types, PATH_BLOCK=width, DIM_BLOCK=dim_block)
 
 
+def gated_delta(name: str, nodes: int, dtype: str = "bf16") -> dict:
+    module = importlib.import_module("kernels.gated_delta")
+    types = dict.fromkeys(("Q", "K", "V", "BETA", "OUT"), f"*{dtype}") | {"MASK": "*i1", "scale": "fp32"}
+    types |= dict.fromkeys(("G", "STATE", "QUERIES", "KEYS", "UPDATES", "DECAYS"), "*fp32")
+    config = module.gated_delta_config(nodes, 128)
+    if name == "_prepare_kernel":
+        config = {"BLOCK": config["BLOCK"], "KEY_BLOCK": 128, "num_warps": 4}
+    constants = {"nodes": 1} if nodes == 1 else {}
+    return {"kernel": getattr(module, name), "types": types, "constants": constants | {"GROUP": 2} | config}
+
+
+def add_path(length: int, channels: int) -> dict:
+    types = dict.fromkeys(("STATE", "KEYS", "UPDATES", "DECAYS"), "*fp32") | {"PATH": "*i64"}
+    constants = {"GROUP": 2, "CHANNELS": channels, "LENGTH": length, "BLOCK_K": 32, "BLOCK_V": 64}
+    return simple("add_path", "_add_path_kernel", types, **constants, s_value=1)
+
+
 def configurations(capability: int) -> dict[str, dict]:
     """The shapes of Qwen3-4B and 8B (head_dim 128, groups of 4, 151936 tokens) and others the launch options know."""
     return {
@@ -103,6 +120,12 @@ def configurations(capability: int) -> dict[str, dict]:
         "accept 256": accept(256),
         "compact 16": compact(16),
         "compact 64": compact(64),
+        "gated delta preparation": gated_delta("_prepare_kernel", 64),
+        "gated delta, one node": gated_delta("_gated_delta_kernel", 1),
+        "gated delta 64": gated_delta("_gated_delta_kernel", 64),
+        "gated delta 64, fp32": gated_delta("_gated_delta_kernel", 64, "fp32"),
+        "add path": add_path(16, 1),
+        "add path per channel": add_path(16, 128),
     }
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 
-KERNEL_MODULES = ("tree_attention", "head_select", "build_tree", "accept", "compact")
+KERNEL_MODULES = ("tree_attention", "head_select", "build_tree", "accept", "compact", "gated_delta", "add_path")
 
 
 def pytest_configure(config: pytest.Config) -> None:

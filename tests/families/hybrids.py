@@ -1,0 +1,154 @@
+"""Tiny random targets with recurrent layers, whose decays range from none to strong."""
+
+import torch
+import transformers
+
+from tests.families.models import Family
+
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK_MOE = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+}
+MAMBA2 = {"mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+RECURRENT_FIRST = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+
+
+class Hybrid(Family):
+    """A family with recurrent layers."""
+
+    def build(self, seed: int = 0, **overrides):
+        """Return an untrained target whose recurrent layers forget at speeds of their own."""
+        target = super().build(seed, **overrides)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in target.named_parameters():
+            if name.rpartition(".")[2] in ("A_log", "dt_bias"):
+                spread = torch.rand(parameter.shape, generator=generator)
+                parameter.data = (5 * spread - 3 if name.endswith("A_log") else 4 * spread - 3).to(parameter.dtype)
+        return target
+
+
+HYBRIDS = [
+    Hybrid(
+        "Qwen3-Next",
+        "Qwen3NextConfig",
+        {**LINEAR, **MOE, "shared_expert_intermediate_size": 24, "layer_types": RECURRENT_FIRST},
+        "gated delta and full, experts",
+    ),
+    Hybrid("Qwen3.5", "Qwen3_5TextConfig", {**LINEAR, "layer_types": RECURRENT_FIRST}, "gated delta and full"),
+    Hybrid(
+        "Qwen3.5-MoE",
+        "Qwen3_5MoeTextConfig",
+        {**LINEAR, **MOE, "shared_expert_intermediate_size": 24, "layer_types": RECURRENT_FIRST},
+        "gated delta and full, experts",
+    ),
+    Hybrid(
+        "OLMo-hybrid",
+        "OlmoHybridConfig",
+        {**LINEAR, "layer_types": RECURRENT_FIRST, "linear_allow_neg_eigval": True},
+        "gated delta with updates up to 2, and full",
+    ),
+    Hybrid(
+        "Kimi-Linear",
+        "KimiLinearConfig",
+        {
+            **DEEPSEEK_MOE,
+            **MLA,
+            "linear_num_heads": 4,
+            "linear_head_dim": 8,
+            "layer_types": RECURRENT_FIRST,
+            "first_k_dense_replace": 1,
+        },
+        "Kimi delta and full (latent)",
+    ),
+    Hybrid(
+        "Bailing-hybrid",
+        "BailingHybridConfig",
+        {
+            **DEEPSEEK_MOE,
+            **MLA,
+            "linear_num_heads": 4,
+            "linear_head_dim": 8,
+            "layer_types": RECURRENT_FIRST,
+            "first_k_dense_replace": 1,
+        },
+        "Kimi delta and full (latent)",
+    ),
+    Hybrid("Bamba", "BambaConfig", {**MAMBA2, "attn_layer_indices": [2]}, "Mamba-2 and full"),
+    Hybrid(
+        "Granite-4-hybrid",
+        "GraniteMoeHybridConfig",
+        {
+            **MAMBA2,
+            "layer_types": RECURRENT_FIRST,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 24,
+        },
+        "Mamba-2 and full, experts",
+    ),
+    Hybrid(
+        "Nemotron-H",
+        "NemotronHConfig",
+        {
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 24,
+        },
+        "Mamba-2, full, and layers of experts or MLPs alone",
+    ),
+    Hybrid("Falcon-H1", "FalconH1Config", {**MAMBA2, "mamba_d_ssm": 64}, "Mamba-2 and full in every layer"),
+    Hybrid(
+        "Zamba2",
+        "Zamba2Config",
+        {
+            "mamba_d_state": 16,
+            "n_mamba_heads": 4,
+            "mamba_ngroups": 2,
+            "chunk_size": 8,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        },
+        "Mamba-2, and full beside it in some layers",
+    ),
+    Hybrid(
+        "Jamba",
+        "JambaConfig",
+        {"num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+        "Mamba-1 and full, experts",
+    ),
+    Hybrid(
+        "LFM2", "Lfm2Config", {"layer_types": ["conv", "conv", "full_attention", "conv"]}, "short convolution and full"
+    ),
+    Hybrid(
+        "LFM2-MoE",
+        "Lfm2MoeConfig",
+        {**MOE, "layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1},
+        "short convolution and full, experts",
+    ),
+    Hybrid(
+        "LFM3",
+        "Lfm3Config",
+        {"layer_types": ["conv", "sliding_attention", "full_attention", "conv"], "sliding_window": 12},
+        "short convolution, full and sliding",
+    ),
+]
+FIRST_TURN_ONLY = {"Jamba"}  # transformers' Mamba-1 cannot go on from a cache with several tokens
+HYBRIDS = [family for family in HYBRIDS if hasattr(transformers, family.config)]
