@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import Cache
 
 from .cache import PrefixCache

@@ -11,6 +11,7 @@ from .cache import PrefixCache, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
 from .compat import CACHE
 from .context import Context, remember_context, take_context
+from .draft_head import OutputScale
 from .exactness import Exactness
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
@@ -68,6 +69,7 @@ class TreeDecoding:
             target.get_input_embeddings(),
             target.get_output_embeddings(),
             temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
+            output_scale=OutputScale.of(self.verifier.config, drafter.config),
         )
         self.auto = auto_budget(drafter, batch) if self.generator.knobs.is_auto else None
         quotes = generation_config.prompt_lookup_num_tokens is not None
@@ -175,7 +177,7 @@ class TreeDecoding:
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
         """Return for some rows of the call what can say which tokens may follow their texts."""
-        vocab_size = self.drafter.config.vocab_size
+        vocab_size = self.verifier.config.vocab_size
         return [Lookahead(self.processor.by_row[row], self.sequences.prefix(row), vocab_size) for row in rows]
 
     def verify(self, state: RoundState, tree: DraftTree):
