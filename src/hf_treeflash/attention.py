@@ -48,28 +48,6 @@ def within(queries: torch.Tensor, keys: torch.Tensor, reach: int) -> torch.Tenso
     return (queries[:, :, None] - keys[:, None]).abs() <= reach  # (batch, queries, keys)
 
 
-def seen_by_block(
-    present: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, window: int | None
-) -> torch.Tensor:
-    """Return what the slots of a block see: the context and the whole block, within the window to either side.
-
-    Args:
-        present (`torch.BoolTensor` of shape `(batch, columns)`):
-            Which columns are of the context or the block.
-        queries, keys (`torch.LongTensor` of shape `(batch, slots)` and `(batch or 1, columns)`):
-            Places of the slots and of the columns in the text.
-        window (`int`, *optional*):
-            Tokens that a DFlash window reaches to either side, inclusively; None for full attention.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, 1, slots, columns)`.
-    """
-    seen = present[:, None].expand(-1, queries.shape[1], -1)  # (batch, slots, columns)
-    if window is not None:
-        seen = seen & within(queries, keys, window)
-    return seen[:, None]
-
-
 def seen_by_nodes(tree: DraftTree, prefix: PrefixCache, columns: int, window: int | None) -> torch.Tensor:
     """Return what the nodes of a tree see: the prefix, their ancestors and themselves, within the window.
 
@@ -235,6 +213,5 @@ __all__ = [
     "masked_attention",
     "other_attention",
     "replaced_attention",
-    "seen_by_block",
     "tree_masks",
 ]

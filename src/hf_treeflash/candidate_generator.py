@@ -1,16 +1,15 @@
 """From the target's states to a draft tree: context features, one drafting pass, the builder."""
 
-import copy
-
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.utils import logging
 
-from .attention import additive_mask, attention_windows, seen_by_block
+from .attention import additive_mask
+from .block_rule import block_rules, seen_by_block
 from .cache import PrefixCache
 from .context import Context
-from .draft_head import DraftHead, check_head, home_of
+from .draft_head import DraftHead, OutputScale, check_head, draft_embedding, home_of
 from .knobs import DraftingKnobs
 from .lookahead import Lookahead
 from .lookup import graft
@@ -35,6 +34,8 @@ class TreeFlashCandidateGenerator:
             The call's; drafting knobs in it go before the drafter's own.
         temperature (`float`, *optional*, defaults to 1.0):
             Temperature the call samples with: the tree ranks by what the target is likely to draw.
+        output_scale ([`OutputScale`], *optional*):
+            What target and drafter do to the products of the output layer; nothing by default.
     """
 
     def __init__(
@@ -44,16 +45,19 @@ class TreeFlashCandidateGenerator:
         main_model_output_embeddings: nn.Module,
         generation_config: GenerationConfig | None = None,
         temperature: float = 1.0,
+        output_scale: OutputScale | None = None,
     ):
         self.drafter = assistant_model
-        self.target_embed = without_embed_norm(main_model_input_embeddings)
+        self.target_embed = draft_embedding(main_model_input_embeddings, assistant_model.config)
         # Looked up once: each look-up walks all parameters.
         self.device, self.dtype = assistant_model.device, assistant_model.dtype
         self.embedding_device = home_of(self.target_embed)
         self.temperature = temperature
         self.knobs = DraftingKnobs.read(assistant_model.generation_config, generation_config)
-        check_head(main_model_output_embeddings, self.knobs)
-        self.draft_head = DraftHead(main_model_output_embeddings, self.knobs.draft_lm_head)
+        own_head = getattr(assistant_model, "draft_lm_head", None)  # of a reduced vocabulary
+        lm_head = main_model_output_embeddings if own_head is None else own_head
+        check_head(lm_head, self.knobs)
+        self.draft_head = DraftHead(lm_head, self.knobs.draft_lm_head, output_scale)
         self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))
         self.prefix.cache.activate_past_recording()
         self.rounds = self.emitted = 0
@@ -124,9 +128,10 @@ class TreeFlashCandidateGenerator:
             self.prefix.trim(window)
         return proposal
 
-    def _mask(self, context: Context) -> dict[str | None, torch.Tensor] | None:
+    def _mask(self, context: Context) -> dict[str, torch.Tensor] | None:
         config, slots = self.drafter.config, self.drafter.config.block_size
-        if context.valid is None and self.prefix.valid is None and "sliding_attention" not in config.layer_types:
+        rules = block_rules(config)
+        if context.valid is None and self.prefix.valid is None and all(rule.hides_nothing for rule in rules.values()):
             return None
         batch, length = context.position_ids.shape
         device = context.position_ids.device
@@ -136,11 +141,11 @@ class TreeFlashCandidateGenerator:
         queries = counts + torch.arange(slots, device=device)  # (batch, slots), from the first token of the context
         new = torch.cat([torch.arange(length, device=device).expand(batch, -1), queries], dim=1)
         masks = {}
-        for kind, window in attention_windows(config).items():
+        for kind, rule in rules.items():
             stored = self.prefix.stored(config.layer_types.index(kind))
             earlier = torch.arange(-stored, 0, device=device).expand(batch, -1)
             present = torch.cat([self.prefix.present(stored, device).expand(batch, -1), tail], dim=1)
-            seen = seen_by_block(present, queries, torch.cat([earlier, new], dim=1), window)
+            seen = seen_by_block(present, queries, torch.cat([earlier, new], dim=1), rule)
             masks[kind] = additive_mask(seen.to(self.device), self.dtype)
         return masks
 
@@ -162,15 +167,6 @@ class TreeFlashCandidateGenerator:
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embeds = self.target_embed(token_ids.to(self.embedding_device))
         return embeds.to(self.device, self.dtype)
-
-
-def without_embed_norm(embedding: nn.Module) -> nn.Module:
-    """Return the embedding without a norm built into it, as DFlash drafters are trained; weights stay shared."""
-    if not hasattr(embedding, "embed_norm"):
-        return embedding
-    bare = copy.copy(embedding)
-    bare._modules = {**embedding._modules, "embed_norm": nn.Identity()}
-    return bare
 
 
 __all__ = ["TreeFlashCandidateGenerator"]

@@ -1,31 +1,59 @@
-"""Reads every published drafter layout into ours: config, tensor names, and a check of both before loading."""
+"""Reads a drafter's checkpoint in any published layout, and checks config and tensors before a weight is loaded."""
 
 import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+<<<<<<< HEAD
 from .configuration_treeflash import TreeFlashConfig
 from .knobs import KNOB_DEFAULTS
+=======
+from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
+from .layouts import TARGETS_TENSORS, Layout, read_layout
+>>>>>>> f1c7f83 (Every published drafter is read as it was trained, or refused by name)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Tensors an official TreeFlash file names differently; DFlash files need none of it.
-OFFICIAL_NAMES = {
-    r"^model\.": "",
-    r"^ar_approximation\.ug\.": "ar_head.up_gate_proj.",
-    r"^ar_approximation\.d\.": "ar_head.down_proj.",
-    r"^ar_approximation\.norm\.": "ar_head.norm.",
+FLOATS = {"F64", "F32", "F16", "BF16"}
+# What tensors that we do not expect are, by a part of their name.
+FOREIGN_TENSORS = {
+    "attention_sink": "attention sinks",
+    "sinks": "attention sinks",
+    "confidence": "a confidence head",
+    "markov": "a DSpark Markov head",
+    "joint_proj": "a DSpark head with a state",
+    "prefix_gru": "a Domino head",
+    "embed_proj": "a Domino head",
+    "_conv.": "DFlash-2's convolutions",
+    "selector": "DFlash-2's selector",
+    "mask_hidden": "P-EAGLE's mask state",
+    "qkv_proj": "fused projections (Laguna)",
+    "g_proj": "gated attention (Laguna)",
+    "aux_hidden_norm": "a norm per target layer (Laguna)",
+    "feedforward_layernorm": "Gemma's norms around the feed-forward layer",
+    "scale": "quantised weights",
+    "packed": "quantised weights",
+    "qweight": "quantised weights",
+    "ar_approximation": "a TreeFlash head, which the config does not name",
+    "ar_head": "a head, which the config does not name",
 }
-NATIVE_NAMES = {r"^encoder\.fc\.": "fc.", r"^encoder\.output_norm_enc\.": "hidden_norm."}
-# What a speculators file may carry of its verifier; a drafter borrows these from the target instead.
-VERIFIER_TENSORS = ("embed_tokens.weight", "lm_head.weight", "verifier_norm.weight", "verifier_lm_head.weight")
+
+
+class StoredTensor(NamedTuple):
+    """The header of one tensor of a file."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def resolve_checkpoint(model_class, name: str | os.PathLike, kwargs: dict) -> tuple[dict, GenerationConfig]:
@@ -50,112 +78,51 @@ def resolve_checkpoint(model_class, name: str | os.PathLike, kwargs: dict) -> tu
     """
     kwargs = dict(kwargs)
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    name = _adapted_drafter(name, hub)
+    name = adapted_drafter(name, hub)
+    source = f"{name}/config.json"
+    stored = read_json_config(name, hub)
+    config = kwargs.pop("config", None)
+    ours = isinstance(config, TreeFlashConfig) or getattr(config, "model_type", None) == "treeflash"
+    given = {} if ours else {key: kwargs.pop(key) for key in list(kwargs) if key in TreeFlashConfig.__annotations__}
+    layout = read_layout(stored, source, given)
+    if not ours:
+        config = make_config({**layout.values, **given}, source)
+    if kwargs.get("state_dict") is None:
+        tensors = list(stored_tensors(weight_files(name, kwargs.get("variant"), hub)))
+        check_tensors(model_class, config, layout, tensors)
+        check_extra_files(name, layout, hub)
+    kwargs |= {"config": config, "use_safetensors": True}
+    if layout.names:
+        kwargs["key_mapping"] = layout.names
+    return kwargs, stored_knobs(name, stored, hub)
+
+
+def read_json_config(name: str, hub: dict) -> dict[str, Any]:
+    """Return the parsed `config.json` of a folder or repository."""
     stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
     if not stored:
         raise OSError(f"There is no config.json in {name}.")
-    values, names = read_config(stored, source=f"{name}/config.json")
-    config = kwargs.pop("config", None)
-    if not isinstance(config, TreeFlashConfig) and getattr(config, "model_type", None) != "treeflash":
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in TreeFlashConfig.__dataclass_fields__}
-        # `dtype` is a field of every config, but here it says how to load, which is for `from_pretrained` to decide.
-        kwargs.update({key: overrides.pop(key) for key in ("dtype",) if key in overrides})
-        config = TreeFlashConfig(**{**values, **overrides})
-    if kwargs.get("state_dict") is None:
-        _check_tensors(model_class, config, names, _weight_files(name, kwargs.get("variant"), hub))
-    kwargs |= {"config": config, "use_safetensors": True}
-    if names:
-        kwargs["key_mapping"] = names
-    return kwargs, _stored_knobs(name, stored, hub)
+    return stored
 
 
-def read_config(stored: dict[str, Any], source: str = "config.json") -> tuple[dict[str, Any], dict[str, str]]:
-    """Translate a stored config of any layout.
-
-    Args:
-        stored (`dict[str, Any]`):
-            The parsed `config.json`.
-        source (`str`, *optional*):
-            How errors name it.
-
-    Returns:
-        `tuple[dict, dict]`: Arguments of [`TreeFlashConfig`], and regular expressions that rename its tensors.
-    """
-    if stored.get("model_type") == "treeflash":
-        return {key: value for key, value in stored.items() if key != "model_type"}, {}
-    if "speculators_config" in stored or "speculators_model_type" in stored:
-        return _read_speculators(stored, source), {}
-    if "dflash_config" in stored or "treeflash_config" in stored:
-        return _read_dflash(stored, source), OFFICIAL_NAMES
-    if "target_layer_ids" in stored:
-        return _backbone(stored) | _block(stored, stored, source), NATIVE_NAMES
-    raise ValueError(
-        f"{source} is of no known drafter layout: expected model_type 'treeflash', a `dflash_config`, a "
-        f"`treeflash_config`, a `speculators_config` or top-level `target_layer_ids`, "
-        f"found model_type {stored.get('model_type')!r} with none of these."
-    )
+def make_config(values: dict[str, Any], source: str) -> TreeFlashConfig:
+    """Build the config, naming the file where it refuses a value."""
+    try:
+        return TreeFlashConfig(**values)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
-def _read_dflash(stored: dict, source: str) -> dict:
-    treeflash = stored.get("treeflash_config") or {}
-    head = treeflash.get("ar_approximation", stored.get("ar_approximation"))
-    if head not in (None, "swiglu"):
-        raise ValueError(f"{source}: unknown head `ar_approximation`: expected 'swiglu' or null, found {head!r}.")
-    return _backbone(stored) | _block(stored.get("dflash_config") or {}, stored, source) | {"ar_head": head}
-
-
-def _read_speculators(stored: dict, source: str) -> dict:
-    layer = stored.get("transformer_layer_config")
-    if not layer or stored.get("aux_hidden_state_layer_ids") is None:
-        raise ValueError(
-            f"{source}: a speculators DFlash config needs `transformer_layer_config` and `aux_hidden_state_layer_ids`."
-        )
-    draft_vocab = stored.get("draft_vocab_size") or layer["vocab_size"]
-    if draft_vocab != layer["vocab_size"]:
-        raise ValueError(
-            f"{source}: `draft_vocab_size` must equal the target's vocabulary, expected {layer['vocab_size']}, "
-            f"found {draft_vocab}: reduced draft vocabularies have an output layer of their own."
-        )
-    # Speculators number the states from the embedding on, so layer l is entry l + 1.
-    taps = [index - 1 for index in stored["aux_hidden_state_layer_ids"]]
-    return _backbone(layer) | _block(stored, stored | {"target_layer_ids": taps}, source)
-
-
-def _backbone(stored: dict) -> dict:
-    """Keep what shapes the layers; transformers turns old rope fields into `rope_parameters` itself."""
-    fields = set(TreeFlashConfig.__annotations__) | {"rope_theta", "rope_scaling", "dtype"}
-    values = {key: stored[key] for key in fields if stored.get(key) is not None}
-    values.pop("tie_word_embeddings", None)
-    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-    values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    return values
-
-
-def _block(nested: dict, stored: dict, source: str) -> dict:
-    """Read the block's fields, each either nested or at the top level."""
-    block = {key: nested.get(key, stored.get(key)) for key in ("block_size", "mask_token_id", "target_layer_ids")}
-    if block["mask_token_id"] is None:
-        raise ValueError(
-            f"{source}: `mask_token_id` is missing: expected a token id at the top level or in `dflash_config`, "
-            f"found none. Add the id the drafter was trained with."
-        )
-    if block["target_layer_ids"] is None and stored.get("num_target_layers") is None:
-        raise ValueError(
-            f"{source}: expected `target_layer_ids`, or `num_target_layers` to derive them from, found neither."
-        )
-    return {key: value for key, value in block.items() if value is not None}
-
-
-def _adapted_drafter(name: str | os.PathLike, hub: dict) -> str:
+def adapted_drafter(name: str | os.PathLike, hub: dict) -> str:
     """Return the drafter an adapter folder adapts, or the name itself."""
-    path = _find(name, "adapter_config.json", hub)
-    if path is None or _find(name, "config.json", hub) is not None:
+    path = find_file(name, "adapter_config.json", hub)
+    if path is None or find_file(name, "config.json", hub) is not None:
         return os.fspath(name)
     with open(path, encoding="utf-8") as file:
         return json.load(file)["base_model_name_or_path"]
 
 
-def _find(name: str | os.PathLike, filename: str, hub: dict) -> str | None:
+def find_file(name: str | os.PathLike, filename: str, hub: dict) -> str | None:
     return cached_file(
         os.fspath(name),
         filename,
@@ -166,15 +133,15 @@ def _find(name: str | os.PathLike, filename: str, hub: dict) -> str | None:
     )
 
 
-def _weight_files(name: str, variant: str | None, hub: dict) -> list[str]:
+def weight_files(name: str, variant: str | None, hub: dict) -> list[str]:
     def with_variant(filename: str) -> str:
         stem, _, suffix = filename.partition(".")
         return f"{stem}.{variant}.{suffix}" if variant else filename
 
-    single = _find(name, with_variant(SAFE_WEIGHTS_NAME), hub)
+    single = find_file(name, with_variant(SAFE_WEIGHTS_NAME), hub)
     if single is not None:
         return [single]
-    index = _find(name, with_variant(SAFE_WEIGHTS_INDEX_NAME), hub)
+    index = find_file(name, with_variant(SAFE_WEIGHTS_INDEX_NAME), hub)
     if index is not None:
         return get_checkpoint_shard_files(name, index, **hub)[0]
     raise OSError(
@@ -183,43 +150,73 @@ def _weight_files(name: str, variant: str | None, hub: dict) -> list[str]:
     )
 
 
-def _check_tensors(model_class, config: TreeFlashConfig, names: dict[str, str], files: list[str]) -> None:
+def check_tensors(model_class, config: TreeFlashConfig, layout: Layout, tensors: list[StoredTensor]) -> None:
     """Compare the file's tensors with the model's; only a whole head may be missing (it starts at zero)."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
-    found = {}
-    for path, key, shape in _tensor_shapes(files):
-        renamed = key
-        for pattern, replacement in names.items():
+    found = set()
+    for tensor in tensors:
+        renamed = tensor.name
+        for pattern, replacement in layout.names.items():
             renamed = re.sub(pattern, replacement, renamed)
-        if renamed in VERIFIER_TENSORS:
-            continue
-        if renamed not in expected:
-            hint = " The config names no head." if renamed.startswith("ar_head.") else ""
-            raise ValueError(f"{path}: unexpected tensor {key!r} of shape {shape}.{hint}")
-        if shape != expected[renamed]:
+        if renamed in expected:
+            _check_tensor(tensor, expected[renamed], layout, counts=renamed == "d2t")
+            found.add(renamed)
+        elif renamed not in TARGETS_TENSORS:
+            what = next((what for part, what in FOREIGN_TENSORS.items() if part in tensor.name), None)
             raise ValueError(
-                f"{path}: tensor {key!r} has the wrong shape: expected {expected[renamed]}, found {shape}."
+                f"{tensor.file}: this is {layout.description} with {what or 'tensors of its own'}, which hf_treeflash "
+                f"does not read: expected no tensor {tensor.name!r}, found one of shape {tensor.shape}."
             )
-        found[renamed] = shape
-    missing = sorted(set(expected) - set(found))
+    missing = sorted(set(expected) - found)
     fresh_head = [key for key in expected if key.startswith("ar_head.")]
     if missing and missing != sorted(fresh_head):
+        files = ", ".join(dict.fromkeys(tensor.file for tensor in tensors))
         raise ValueError(
-            f"{', '.join(files)}: tensor {missing[0]!r} is missing: expected shape {expected[missing[0]]}, found none"
+            f"{files}: this is {layout.description}, but tensor {missing[0]!r} is missing: expected shape "
+            f"{expected[missing[0]]}, found none"
             + (f" ({len(missing)} tensors are missing)." if len(missing) > 1 else ".")
         )
 
 
-def _tensor_shapes(files: list[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...], layout: Layout, counts: bool) -> None:
+    """Refuse a tensor of another shape, or whose numbers are no plain floating-point ones."""
+    kinds = {"I64", "I32"} if counts else FLOATS
+    if tensor.dtype not in kinds:
+        raise ValueError(
+            f"{tensor.file}: this is {layout.description} with quantised weights, which must be dequantised first: "
+            f"tensor {tensor.name!r}: expected one of {', '.join(sorted(kinds))}, found {tensor.dtype}."
+        )
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{tensor.file}: tensor {tensor.name!r} has the wrong shape: expected {shape}, found {tensor.shape}. This "
+            f"is {layout.description}."
+        )
+
+
+def check_extra_files(name: str, layout: Layout, hub: dict) -> None:
+    """Refuse a repository that holds part of its drafter outside its tensors."""
+    if find_file(name, "mask_embedding.pt", hub) is not None:
+        raise ValueError(
+            f"{name}/mask_embedding.pt: this is {layout.description} with a mask embedding of its own, which "
+            "hf_treeflash does not read: expected no such file."
+        )
+
+
+def stored_tensors(files: list[str]) -> Iterator[StoredTensor]:
+    """Yield the headers of all tensors of some safetensors files."""
     for path in files:
-        with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():
-                yield path, key, tuple(tensors.get_slice(key).get_shape())
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for key in tensors.keys():
+                    header = tensors.get_slice(key)
+                    yield StoredTensor(path, key, tuple(header.get_shape()), header.get_dtype())
+        except SafetensorError as error:
+            raise OSError(f"{path} is no sound safetensors file: {error}") from error
 
 
-def _stored_knobs(name: str, stored: dict, hub: dict) -> GenerationConfig:
-    if _find(name, "generation_config.json", hub) is not None:
+def stored_knobs(name: str, stored: dict, hub: dict) -> GenerationConfig:
+    if find_file(name, "generation_config.json", hub) is not None:
         knobs = GenerationConfig.from_pretrained(name, **hub)
     else:
         knobs = GenerationConfig()
@@ -233,4 +230,4 @@ def _stored_knobs(name: str, stored: dict, hub: dict) -> GenerationConfig:
     return knobs
 
 
-__all__ = ["read_config", "resolve_checkpoint"]
+__all__ = ["resolve_checkpoint"]

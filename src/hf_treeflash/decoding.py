@@ -11,6 +11,7 @@ from .cache import PrefixCache, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
 from .compat import CACHE
 from .context import Context, remember_context, take_context
+from .draft_head import OutputScale
 from .exactness import Exactness
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
@@ -69,6 +70,7 @@ class TreeDecoding:
             target.get_output_embeddings(),
             generation_config,
             temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
+            output_scale=OutputScale.of(self.verifier.config, drafter.config),
         )
         self.auto = auto_budget(drafter, batch) if self.generator.knobs.is_auto else None
         quotes = generation_config.prompt_lookup_num_tokens is not None
@@ -175,18 +177,12 @@ class TreeDecoding:
         return tree.first(room).to(state.anchor_ids.device)
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
-<<<<<<< HEAD
         """Return for some rows of the call what can say which tokens may follow their texts."""
-        vocab_size = self.drafter.config.vocab_size
-        return [Lookahead(self.processor.by_row[row], self.sequences.prefix(row), vocab_size) for row in rows]
-=======
-        """Return for each row of the batch what can say which tokens may follow its text."""
         vocab_size, texts = self.drafter.config.vocab_size, self.sequences
         return [
             Lookahead(self.processor.by_row[row], texts.prefix(row), vocab_size, texts.room(row), texts.eos_ids)
             for row in rows
         ]
->>>>>>> field
 
     def verify(self, state: RoundState, tree: DraftTree):
         """Run the target once over the trees.

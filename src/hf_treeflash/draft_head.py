@@ -1,12 +1,13 @@
-"""The target's output layer as the draft reads it, and two cheaper readings of it that never touch the text.
+"""The target's embedding and output layer as the draft reads them, and cheaper readings that never touch the text.
 
 A round reads the whole layer twice, for the shortlists and for the corrected rows. Both may be approximate: they only
 rank the nodes of the tree, and every emitted token is still the target's own choice.
 """
 
+import copy
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,18 +19,51 @@ from .memory import recall, remember
 Head = Callable[..., torch.Tensor]
 
 
+class OutputScale(NamedTuple):
+    """What a model does to the products of its output layer: `cap * tanh(multiplier * product / cap)`."""
+
+    multiplier: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config, drafter_config=None) -> "OutputScale":
+        """Read a target's scale; what a drafter's config says of its own goes before it.
+
+        Args:
+            config ([`PreTrainedConfig`]):
+                Of the target's text decoder.
+            drafter_config ([`TreeFlashConfig`], *optional*):
+                Of the drafter.
+        """
+        multiplier = getattr(drafter_config, "output_multiplier", None)
+        if multiplier is None:  # every family has a name of its own
+            names = ("output_multiplier", "logit_scale", "lm_head_multiplier")
+            multiplier = next((value for name in names if (value := getattr(config, name, None)) is not None), 1.0)
+            multiplier /= getattr(config, "logits_scaling", None) or 1.0
+        cap = getattr(drafter_config, "final_logit_softcapping", None)
+        return cls(multiplier, getattr(config, "final_logit_softcapping", None) if cap is None else cap)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return scaled logits."""
+        if self.cap is not None:
+            return (logits * (self.multiplier / self.cap)).tanh() * self.cap
+        return logits if self.multiplier == 1.0 else logits * self.multiplier
+
+
 class DraftHead:
     """Calls the target's output layer where it lives, in its dtype.
 
     Args:
         lm_head (`nn.Module`):
-            The target's output layer.
+            The target's output layer, or the drafter's own.
         precision (`str`, *optional*):
             `"float8"` multiplies with a copy of the weight in eight bits; None calls the layer itself.
+        scale ([`OutputScale`], *optional*):
+            What is done to its products; nothing by default.
     """
 
-    def __init__(self, lm_head: Any, precision: str | None = None):
-        self.lm_head = lm_head
+    def __init__(self, lm_head: Any, precision: str | None = None, scale: OutputScale | None = None):
+        self.lm_head, self.scale = lm_head, scale or OutputScale()
         self.float8 = float8_copy(lm_head) if precision == "float8" else None
         # Looked up once: each look-up costs as much as a small tensor operation.
         weight = any_tensor(lm_head)
@@ -49,6 +83,9 @@ class DraftHead:
         Returns:
             `torch.Tensor` of shape `(..., tokens)`.
         """
+        return self.scale(self._products(hidden_states, token_ids))
+
+    def _products(self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         hidden_states = hidden_states.to(self.device, self.dtype)
         if self.float8 is not None:
             logits = (self.float8 if token_ids is None else self.float8.select(token_ids)).product(hidden_states)
@@ -219,6 +256,45 @@ def check_head(lm_head: Any, knobs: DraftingKnobs) -> None:
     )
 
 
+class ScaledRows(nn.Module):
+    """The rows of an embedding times a number, whatever the embedding itself does to them.
+
+    Args:
+        embedding (`nn.Module`):
+            The target's input embedding; its weight stays shared.
+        scale (`float`):
+            What to multiply its rows with.
+    """
+
+    def __init__(self, embedding: nn.Module, scale: float):
+        super().__init__()
+        self.embedding, self.scale = embedding, scale
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return embeddings of the shape of `token_ids` and `hidden_size`."""
+        weight: Any = self.embedding.weight
+        return F.embedding(token_ids, weight) * self.scale
+
+
+def draft_embedding(embedding: nn.Module, config) -> nn.Module:
+    """Return a target's embedding as a drafter was trained to read it; weights stay shared.
+
+    Args:
+        embedding (`nn.Module`):
+            The target's input embedding.
+        config ([`TreeFlashConfig`]):
+            Of the drafter.
+    """
+    if config.input_embedding_scale is not None:
+        return ScaledRows(embedding, config.input_embedding_scale)
+    if not hasattr(embedding, "embed_norm"):
+        return embedding
+    # DFlash drafters are trained on embeddings without a norm built into them.
+    bare = copy.copy(embedding)
+    bare._modules = {**embedding._modules, "embed_norm": nn.Identity()}
+    return bare
+
+
 def any_tensor(module: nn.Module) -> torch.Tensor:
     """Return one of a module's weights; quantised modules may keep them all in buffers."""
     return next(itertools.chain(module.parameters(), module.buffers()))
@@ -231,4 +307,4 @@ def home_of(module: nn.Module) -> torch.device:
     return any_tensor(module).device if execution_device is None else torch.device(execution_device)
 
 
-__all__ = ["DraftHead", "check_head", "home_of", "narrowed"]
+__all__ = ["DraftHead", "OutputScale", "check_head", "draft_embedding", "home_of", "narrowed"]

@@ -12,7 +12,7 @@ from .compat import CACHE
 from .decoding import TreeDecoding
 from .lengths import Lengths
 from .outputs import TreeFlashGenerateOutput
-from .validation import check_call, check_prompt
+from .validation import check_call, check_chain, check_prompt
 
 logger = logging.get_logger(__name__)
 
@@ -132,11 +132,15 @@ def install_hook() -> None:
     @functools.wraps(validate)
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         drafter = generation_mode_kwargs.get("assistant_model")
+        if is_treeflash(drafter, None):
+            check_chain(drafter, generation_config)
         if is_treeflash(drafter, generation_config):
             check_call(self, drafter, generation_mode, generation_config, generation_mode_kwargs)
             choose_caches(generation_config)
             if self._is_stateful:  # transformers' own chains cannot be taken back from a state, a tree can
                 generation_mode = GenerationMode.GREEDY_SEARCH
+            # What is left to check compares vocabularies, as `check_call` does, but wants one from every drafter.
+            generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
         return validate(self, generation_mode, generation_config, generation_mode_kwargs)
 
     for method, original in ((_assisted_decoding, decode), (_validate_generation_mode, validate)):

@@ -46,13 +46,9 @@ class DraftingKnobs(NamedTuple):
 
         Args:
             generation_config ([`GenerationConfig`]):
-<<<<<<< HEAD
                 The drafter's; defaults stand in for knobs it does not have.
-=======
-                The drafter's.
             of_call ([`GenerationConfig`], *optional*):
                 The call's, whose knobs go before the drafter's.
->>>>>>> field
 
         Raises:
             ValueError: Naming the knob.

@@ -16,14 +16,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
     eager_attention_forward,
 )
 
+from .block_rule import BlockRule, block_rules
 from .compat import CACHE
 from .configuration_treeflash import TreeFlashConfig
 from .draft_head import narrowed
 from .knobs import DEFAULT_KNOBS, KNOB_DEFAULTS, DraftingKnobs
+from .rotary import rotary_embedding, rotate, rotations
 from .transitions import HeadRows, Transitions, top_log_probs
 
 
@@ -39,11 +40,6 @@ class TreeFlashOutput(BaseModelOutputWithPast):
     """
 
     corrected_hidden_state: torch.Tensor | None = None
-
-
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of a state's halves; the sign that goes with the swap of the halves is the sine's."""
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), signed_sin)
 
 
 class RMSNorm(Qwen3RMSNorm):
@@ -67,6 +63,7 @@ class TreeFlashAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
+        self.rope_interleaved = config.rope_interleaved
         is_sliding = (config.layer_types or [])[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if is_sliding else None
         query_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -85,8 +82,8 @@ class TreeFlashAttention(nn.Module):
         key = self.k_norm(self.k_proj(source).view(batch, source.shape[1], -1, self.head_dim)).transpose(1, 2)
         value = self.v_proj(source).view(batch, source.shape[1], -1, self.head_dim).transpose(1, 2)
         cos, sin = position_embeddings
-        query = apply_rotary(query, cos[:, :, -slots:], sin[:, :, -slots:])
-        key = apply_rotary(key, cos, sin)
+        query = rotate(query, cos[:, :, -slots:], sin[:, :, -slots:], self.rope_interleaved)
+        key = rotate(key, cos, sin, self.rope_interleaved)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -200,8 +197,11 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(TreeFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.rotary_emb = rotary_embedding(config)
         self.ar_head = ARHead(config) if config.ar_head is not None else None
+        if config.draft_vocab_size is not None:
+            self.draft_lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.gradient_checkpointing = False
         self.generation_config = GenerationConfig(**KNOB_DEFAULTS)
         self.post_init()
@@ -258,15 +258,13 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             length = context.shape[1] + noise_embeds.shape[1]
             position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
         masks = self._layer_masks(attention_mask, noise_embeds, cache)
-        cos, sin = self.rotary_emb(noise_embeds, position_ids)
-        sin[..., : sin.shape[-1] // 2].neg_()  # see `apply_rotary`
-        position_embeddings = (cos[:, None], sin[:, None])
+        rotation = rotations(self.rotary_emb, self.config.layer_types or (), noise_embeds, position_ids)
         hidden_states = noise_embeds
         for kind, layer in zip(self.config.layer_types or [], self.layers, strict=True):
             hidden_states = layer(
                 hidden_states,
                 context,
-                position_embeddings=position_embeddings,
+                position_embeddings=rotation[kind],
                 attention_mask=masks[kind],
                 cache=cache,
                 **kwargs,
@@ -279,13 +277,17 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             raise ValueError("This drafter has no AR head; set `config.ar_head='swiglu'` to give it one.")
         return self.norm(by_slot(hidden_states, slots) + self.ar_head(previous_embeds, normed, slots))
 
+    def target_ids(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return the target's tokens behind columns of the output layer; the same unless the vocabulary is reduced."""
+        return columns if self.config.draft_vocab_size is None else columns + self.d2t[columns]
+
     def _layer_masks(self, attention_mask, noise_embeds, cache) -> dict:
         if isinstance(attention_mask, dict):
             return attention_mask
-        layer_types = set(self.config.layer_types or [])
-        sees_all = attention_mask is None and layer_types == {"full_attention"}
+        rules = block_rules(self.config)
+        sees_all = attention_mask is None and all(rule.hides_nothing for rule in rules.values())
         if sees_all or (attention_mask is not None and attention_mask.ndim == 4):
-            return dict.fromkeys(layer_types, attention_mask)
+            return dict.fromkeys(rules, attention_mask)
         arguments = {
             "config": self.config,
             "inputs_embeds": noise_embeds,
@@ -296,7 +298,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             "full_attention": create_bidirectional_mask,
             "sliding_attention": create_bidirectional_sliding_window_mask,
         }
-        return {layer_type: builders[layer_type](**arguments) for layer_type in layer_types}
+        return {kind: builders[kind](**arguments, and_mask_function=overlay(rule)) for kind, rule in rules.items()}
 
     @torch.no_grad()
     def draft(
@@ -322,7 +324,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             context_hidden_states (`torch.Tensor` of shape `(batch, context, taps * hidden_size)`):
                 See `forward`, like `position_ids`, `attention_mask` and `cache`.
             embed, lm_head (`Callable`):
-                The target's input embedding and output layer.
+                The target's input embedding and output layer; the drafter's own `draft_lm_head` where it has one.
             knobs ([`DraftingKnobs`], *optional*):
                 How many candidates and next tokens to consider, and how. With `draft_vocab` only the union of every
                 slot's own `draft_vocab` most likely tokens is scored after each candidate, and probabilities are
@@ -336,7 +338,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 What the drafter's attention takes besides.
 
         Returns:
-            [`Transitions`] with `block_size - 1` depths, or [`HeadRows`] on demand (with a head only).
+            [`Transitions`] with `config.num_drafted` depths, or [`HeadRows`] on demand (with a head only).
 
         Source: stages 1 and 2 of arXiv 2606.03819.
         """
@@ -344,21 +346,23 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))
         hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs)
-        hidden = hidden[:, 1:]
+        hidden = hidden[:, self.config.first_slot :]
         normed = self.norm(hidden)
         if self.ar_head is None:
-            return Transitions.marginal(lm_head(normed), branching, temperature)
+            marginal = Transitions.marginal(lm_head(normed), branching, temperature)
+            return marginal._replace(token_ids=self.target_ids(marginal.token_ids))
 
         # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
         links = hidden.shape[1] - 1
         marginals = lm_head(normed[:, :links] if knobs.draft_vocab is None else normed)
         shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], knobs.num_candidates, temperature)
+        shortlist = self.target_ids(shortlist)
         row_head, vocabulary = narrowed(lm_head, marginals, knobs.draft_vocab)
 
         def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
             corrected = self.correct(hidden, normed, previous_embeds, slots)
             token_ids, log_probs = top_log_probs(row_head(corrected), branching, temperature)
-            return token_ids if vocabulary is None else vocabulary[token_ids], log_probs
+            return self.target_ids(token_ids if vocabulary is None else vocabulary[token_ids]), log_probs
 
         if on_demand is not None:
             rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, shortlist_log_probs)
@@ -393,6 +397,15 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         # Always our layout, also for a drafter that was read from another.
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
         self.generation_config.save_pretrained(save_directory)
+
+
+def overlay(rule: BlockRule) -> Callable | None:
+    """Return what a rule hides beyond the masks of transformers, which know windows to both sides, inclusively."""
+    if rule.window is not None and rule.window_rule not in ("inclusive", "strict"):
+        raise ValueError(f"`window_rule` {rule.window_rule!r} needs masks by kind of layer, which `generate` makes.")
+    if not rule.is_causal and (rule.window is None or rule.window_rule == "inclusive"):
+        return None
+    return lambda batch, head, query, key: rule.sees(query, key, query)
 
 
 __all__ = ["TreeFlashDraftModel", "TreeFlashPreTrainedModel"]

@@ -42,11 +42,17 @@ def check_pair(target: Target, drafter: Drafter) -> None:
     """
     config, draft = target.config.get_text_config(decoder=True), drafter.config
     for field in ("hidden_size", "vocab_size"):
-        if getattr(draft, field) != getattr(config, field):
+        # A checkpoint that does not name its vocabulary was made for its target's.
+        if getattr(draft, field) not in (None, getattr(config, field)):
             raise ValueError(
                 f"The drafter does not fit this target: its `{field}` is {getattr(draft, field)}, the target's is "
                 f"{getattr(config, field)}. Load the drafter that was trained for this target."
             )
+    if draft.mask_token_id >= config.vocab_size:
+        raise ValueError(
+            f"The drafter does not fit this target: its `mask_token_id` is {draft.mask_token_id}, but the target's "
+            f"vocabulary has {config.vocab_size} tokens."
+        )
     count = len(decoder_layers(target) or ())  # some configs count otherwise
     if max(draft.target_layer_ids) >= count:
         raise ValueError(
@@ -58,6 +64,25 @@ def check_pair(target: Target, drafter: Drafter) -> None:
             f"The drafter was made for a target of {draft.num_target_layers} layers (`num_target_layers`), this one "
             f"has {config.num_hidden_layers}."
         )
+
+
+def check_chain(drafter, generation_config: GenerationConfig) -> None:
+    """Refuse transformers' own chain for a drafter that it would run in another way than it was trained.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    if getattr(generation_config, "speculation_type", None) is None:
+        return
+    known: dict[str, tuple] = {"first_slot": (1,), "input_embedding_scale": (None,), "draft_vocab_size": (None,)}
+    known |= {"window_rule": ("inclusive", "strict")}
+    for field, values in known.items():
+        value = getattr(drafter.config, field, values[0])
+        if value not in values:
+            raise ValueError(
+                f"transformers' own chain would run this drafter in another way than it was trained (`{field}` is "
+                f"{value!r}): leave out `speculation_type`."
+            )
 
 
 def check_target(target: Target) -> None:
@@ -197,4 +222,4 @@ def check_call(
         raise ValueError("A TreeFlash drafter shares the target's vocabulary; leave out `assistant_tokenizer`.")
 
 
-__all__ = ["check_call", "check_prompt"]
+__all__ = ["check_call", "check_chain", "check_prompt"]

@@ -4,18 +4,30 @@ import pytest
 import torch
 
 from hf_treeflash.training import AnchorCollator
-from hf_treeflash.training.blocks import make_blocks
+from hf_treeflash.training.blocks import make_blocks, output_layer_of
 
 from .conftest import make_drafter, make_samples
 
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+OPTIONS = {
+    "plain": {},
+    "windowed": WINDOWED,
+    "causal": {"causal_layers": "all"},
+    "strict, sliding layers causal": {**WINDOWED, "window_rule": "strict", "causal_layers": "sliding"},
+    "window of the context": {**WINDOWED, "window_rule": "context"},
+    "window from the anchor": {**WINDOWED, "sliding_window": 3, "window_rule": "anchor", "causal_layers": "sliding"},
+    "shifted": {"first_slot": 0},
+    "shifted, rope of neighbours": {"first_slot": 0, "rope_interleaved": True, "causal_layers": "all"},
+    "scaled": {"input_embedding_scale": 0.5, "output_multiplier": 0.3, "final_logit_softcapping": 2.0},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 
 
 def collate(samples, num_anchors=64):
     return AnchorCollator(pad_token_id=0, num_anchors=num_anchors)(samples)
 
 
-@pytest.mark.parametrize("options", [{}, WINDOWED])
+@every_option
 @torch.no_grad()
 def test_no_block_sees_its_anchors_state_or_what_follows(target, options):
     drafter = make_drafter(trained=True, **options)
@@ -38,8 +50,9 @@ def test_no_block_sees_its_anchors_state_or_what_follows(target, options):
         assert not torch.allclose(moved.last_hidden_state[0, own], before.last_hidden_state[0, own])
 
 
-def test_slot_k_is_scored_on_token_anchor_plus_k(target):
-    drafter = make_drafter()
+@pytest.mark.parametrize("first_slot", [1, 0])
+def test_depth_d_is_scored_on_token_anchor_plus_d(target, first_slot):
+    drafter = make_drafter(first_slot=first_slot)
     samples = make_samples(2, length=12) + make_samples(1, length=9)
     batch = collate(samples)
     blocks = make_blocks(drafter, target, batch, with_head=True)
@@ -47,10 +60,10 @@ def test_slot_k_is_scored_on_token_anchor_plus_k(target):
         (sample["input_ids"][anchor + slot], slot)
         for sample, anchors, mask in zip(samples, batch["anchors"].tolist(), batch["anchor_mask"], strict=True)
         for anchor in torch.tensor(anchors)[mask].tolist()
-        for slot in range(1, 4)
+        for slot in range(1, 5 - first_slot)
         if anchor + slot < len(sample["input_ids"])
     ]
-    assert list(zip(blocks.labels.tolist(), blocks.slots.tolist(), strict=True)) == expected
+    assert list(zip(blocks.labels.tolist(), blocks.depths.tolist(), strict=True)) == expected
     # The teacher's choice is the target's own distribution of the label.
     with torch.no_grad():
         logits = target(batch["input_ids"]).logits
@@ -60,7 +73,7 @@ def test_slot_k_is_scored_on_token_anchor_plus_k(target):
     torch.testing.assert_close(teacher, logits[place[:, 0], positions])
 
 
-@pytest.mark.parametrize("options", [{}, WINDOWED])
+@every_option
 @torch.no_grad()
 def test_training_and_generation_draft_the_same(target, options, monkeypatch):
     """Every round of a real `generate` call, against one training pass over the text it wrote."""
@@ -89,11 +102,12 @@ def test_training_and_generation_draft_the_same(target, options, monkeypatch):
     }
     blocks = make_blocks(drafter, target, batch, with_head=True)
     corrected = drafter(**blocks.inputs).corrected_hidden_state.view(len(anchors), 4, -1)
-    log_probs = target.lm_head(corrected[:, 1:]).log_softmax(-1)
+    corrected = corrected[:, drafter.config.first_slot :]
+    log_probs = output_layer_of(target, drafter)(corrected).log_softmax(-1)
     assert len(rounds) == len(anchors) > 2
     for number, (anchor, served) in enumerate(zip(anchors.tolist(), rounds, strict=True)):
         row = 0
-        for slot in range(1, min(4, len(ids) - anchor)):
+        for slot in range(1, min(drafter.config.num_drafted + 1, len(ids) - anchor)):
             tokens = served.token_ids[0, slot - 1, row]
             torch.testing.assert_close(served.log_probs[0, slot - 1, row], log_probs[number, slot - 1, tokens])
             row = int(served.next_row[0, slot - 1, row][tokens == ids[anchor + slot]])

@@ -10,8 +10,8 @@ from ..attention import (
     attention_windows,
     masked_attention,
     replaced_attention,
-    seen_by_block,
 )
+from ..block_rule import block_rules, seen_by_block
 from ..kernels import Tree, dense_tree_mask, is_tileable, pack_ancestor_words
 from ..kernels._launch import use_triton
 
@@ -86,15 +86,19 @@ class TreeAttention(KernelAttention):
 
 
 class BlockAttention(KernelAttention):
-    """A drafter's, over a block: to the kernel a tree whose nodes all see each other, where no layer has a window."""
+    """A drafter's, over a block: to the kernel a tree whose nodes see each other, or the earlier ones of them."""
 
     def __init__(self, model, starts: torch.Tensor, shapes: list[tuple[int, int, int]]):
         super().__init__(model, starts, shapes)
+        self.rules = block_rules(self.config)
         # Windows reach to both sides, which the kernel does not know.
-        self.by_kernel = self.by_kernel and "sliding_attention" not in self.config.layer_types
+        self.by_kernel = self.by_kernel and all(rule.window is None for rule in self.rules.values())
         block = self.config.block_size
         everything = torch.ones(len(starts), 1, block, block, dtype=torch.bool, device=starts.device)
-        self.words = pack_ancestor_words(everything)
+        self.words = {
+            kind: pack_ancestor_words(everything.tril() if rule.is_causal else everything)
+            for kind, rule in self.rules.items()
+        }
 
     def arguments(self, lengths: torch.Tensor, span: int, dtype: torch.dtype) -> dict:
         """Return the keyword arguments of a drafting pass.
@@ -109,12 +113,11 @@ class BlockAttention(KernelAttention):
         """
         if not self.by_kernel:
             return {"attention_mask": block_masks(self.config, self.starts, lengths, span, dtype)}
-        words = dict.fromkeys(self.config.layer_types, self.words)
-        return {"attention_mask": words, "tree_prefix": lengths, "tree_start": self.starts}
+        return {"attention_mask": self.words, "tree_prefix": lengths, "tree_start": self.starts}
 
 
-def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[str | None, torch.Tensor]:
-    """Return the drafter's masks: each slot of a block sees the context and the block, within windows.
+def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the drafter's masks: what each slot of a block sees of the context and the block.
 
     Args:
         config ([`TreeFlashConfig`]):
@@ -130,8 +133,8 @@ def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[
     queries = lengths[:, None] + torch.arange(config.block_size, device=starts.device)  # (batch, block_size)
     present = (slots >= starts[:, None]) & (slots < lengths[:, None] + config.block_size)  # (batch, span)
     return {
-        kind: additive_mask(seen_by_block(present, queries, slots, window), dtype)
-        for kind, window in attention_windows(config).items()
+        kind: additive_mask(seen_by_block(present, queries, slots, rule), dtype)
+        for kind, rule in block_rules(config).items()
     }
 
 

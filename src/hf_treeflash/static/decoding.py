@@ -47,9 +47,10 @@ class StaticDecoding(TreeDecoding):
         batch, cache, valid = len(state.rows), state.prefix.cache, state.prefix.valid
         padding = torch.zeros(batch, dtype=torch.long) if valid is None else (~valid).sum(dim=1)
         room = torch.tensor([self.sequences.room(row) for row in state.rows])
-        block, budget = self.drafter.config.block_size, self.generator.knobs.tree_budget
+        config, budget = self.drafter.config, self.generator.knobs.tree_budget
+        longest = config.num_drafted + 1
         on_cuda = cache.layers[0].keys.is_cuda
-        needed = state.prefix.length + int(room.max()) + block + max(budget, 2 * block)
+        needed = state.prefix.length + int(room.max()) + longest + max(budget, config.block_size + longest)
         needed = max(needed, getattr(self.generation_config, "max_cache_len", None) or 0)
         (context,) = state.pending
         state.pending = []
@@ -66,7 +67,7 @@ class StaticDecoding(TreeDecoding):
             longest = max(lengths)
             if round.noise is not None:
                 round.noise.draw(longest - prompt)
-            launcher.launch(launcher.span_of(longest + round.block * len(under_way)))
+            launcher.launch(launcher.span_of(longest + round.longest * len(under_way)))
             under_way.append(copy_to_host(round.emitted))
             if len(under_way) > round.ahead:
                 for index, (*tokens, count) in enumerate(under_way.popleft()()):

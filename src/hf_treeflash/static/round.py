@@ -38,7 +38,9 @@ class StaticRound:
             Rounds that are launched before the results of an earlier one are read.
 
     Attributes:
-        emitted (`torch.LongTensor` of shape `(batch, block_size + 1)`):
+        longest (`int`):
+            Nodes of the longest path, and tokens that a round emits at most.
+        emitted (`torch.LongTensor` of shape `(batch, longest + 1)`):
             After a round: each row's new tokens, and in the last column how many there are.
         active (`torch.BoolTensor` of shape `(batch,)`):
             Rows still being written; the others stand still.
@@ -57,7 +59,8 @@ class StaticRound:
     ):
         config, states = generator.drafter.config, cache.layers[0].keys
         self.knobs, self.processors = generator.knobs, without_waits(processor.processors)
-        self.block, self.device, self.capacity, self.ahead = config.block_size, states.device, capacity, ahead
+        self.block, self.longest = config.block_size, config.num_drafted + 1
+        self.device, self.capacity, self.ahead = states.device, capacity, ahead
         shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
         self.target_cache = StaticTreeCache(shapes, batch, capacity, states.dtype, self.device)
         own_shapes = [(config.num_key_value_heads, config.head_dim, config.head_dim)] * config.num_hidden_layers
@@ -67,10 +70,11 @@ class StaticRound:
         self.lengths, self.anchors, self.pending_counts = integers[:3].unbind()  # change from round to round
         self.first, self.starts, self.offsets, self.limits = integers[3:].unbind()  # of one text
         width = len(config.target_layer_ids) * config.hidden_size
-        self.pending = torch.zeros(batch, self.block, width, dtype=target.dtype, device=self.device)
+        self.pending = torch.zeros(batch, self.longest, width, dtype=target.dtype, device=self.device)
         self.active = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        self.emitted = torch.zeros(batch, self.block + 1, dtype=torch.long, device=self.device)
-        self.noise = Noise(batch, config.vocab_size, self.block * (1 + ahead), self.device) if do_sample else None
+        self.emitted = torch.zeros(batch, self.longest + 1, dtype=torch.long, device=self.device)
+        vocab_size = target.config.get_text_config(decoder=True).vocab_size
+        self.noise = Noise(batch, vocab_size, self.longest * (1 + ahead), self.device) if do_sample else None
         self.attention = TreeAttention(target, self.starts, shapes)
         self.block_attention = BlockAttention(generator.drafter, self.starts, own_shapes)
         self.steps_uncompiled()
@@ -94,7 +98,7 @@ class StaticRound:
     @property
     def tail(self) -> int:
         """Slots behind `lengths` that a round writes to."""
-        return max(self.knobs.tree_budget, 2 * self.block)
+        return max(self.knobs.tree_budget, self.block + self.longest)
 
     @property
     def by_kernel(self) -> bool:
@@ -175,10 +179,10 @@ class StaticRound:
 
     def draft(self, span: int) -> Tree:
         """Read the states of the last path and draft the next trees."""
-        columns = torch.arange(self.block, device=self.device)
+        columns = torch.arange(self.longest, device=self.device)
         context = (self.lengths - self.pending_counts)[:, None] + columns
-        block = self.lengths[:, None] + columns
-        # A path shorter than a block leaves filler, which goes behind the block, where no mask shows it.
+        block = self.lengths[:, None] + torch.arange(self.block, device=self.device)
+        # A path shorter than the longest leaves filler, which goes behind the block, where no mask shows it.
         filler = columns >= self.pending_counts[:, None]
         self.drafter_cache.place(torch.cat([context + self.block * filler, block], dim=1), span)
         with self.block_attention.chosen():
@@ -219,9 +223,9 @@ class StaticRound:
     def commit(self, tree: Tree, choices: torch.Tensor, states: torch.Tensor) -> None:
         """Walk along the choices, keep the path and its states, and say which tokens were emitted."""
         path, counts, _ = accept(tree.token_ids, tree.parents, tree.ancestor_words, tree.num_nodes, choices)
-        path = path[:, : self.block]
+        path = path[:, : self.longest]
         self.target_cache.commit(path, counts, self.lengths)
-        nodes = F.pad(path.clamp(min=0), (0, self.block - path.shape[1]))
+        nodes = F.pad(path.clamp(min=0), (0, self.longest - path.shape[1]))
         tokens = choices.gather(1, nodes)
         newest = tokens.gather(1, counts[:, None] - 1)[:, 0]
         counts = counts * self.active

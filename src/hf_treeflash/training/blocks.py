@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..candidate_generator import without_embed_norm
+from ..draft_head import OutputScale, draft_embedding
 from ..taps import tapped_states
 from .masks import attention_masks
 
@@ -18,25 +18,25 @@ class Blocks:
         inputs (`dict`):
             Arguments of [`TreeFlashDraftModel.forward`]: slots of all blocks one after the other.
         labels (`torch.LongTensor` of shape `(rows,)`):
-            The token each supervised slot should predict: slot k of a block stands for token anchor + k.
-        slots (`torch.LongTensor` of shape `(rows,)`):
-            Slot number of each row, from 1.
-        supervised (`torch.BoolTensor` of shape `(batch, blocks, block_size - 1)`):
-            Which slots, from 1 on, the rows are; row-major.
+            The token each supervised slot should predict.
+        depths (`torch.LongTensor` of shape `(rows,)`):
+            How far after its anchor that token stands, from 1: depth d belongs to slot d - 1 + `first_slot`.
+        supervised (`torch.BoolTensor` of shape `(batch, blocks, num_drafted)`):
+            Which depths the rows are; row-major.
         teacher_states (`torch.Tensor` of shape `(rows, hidden_size)`):
             The target's final states one token before each label, which its output layer turns into its choice.
     """
 
     inputs: dict
     labels: torch.Tensor
-    slots: torch.Tensor
+    depths: torch.Tensor
     supervised: torch.Tensor
     teacher_states: torch.Tensor
 
     def rows(self, states: torch.Tensor) -> torch.Tensor:
         """Select the supervised slots of states `(batch, blocks * block_size, hidden_size)`."""
-        batch, blocks, slots = self.supervised.shape
-        return states.view(batch, blocks, slots + 1, -1)[:, :, 1:][self.supervised]
+        batch, blocks, depths = self.supervised.shape
+        return states.view(batch, blocks, -1, states.shape[-1])[:, :, -depths:][self.supervised]
 
 
 def target_states(target, input_ids: torch.Tensor, layer_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,20 +70,21 @@ def make_blocks(drafter, target, batch: dict[str, torch.Tensor], with_head: bool
     input_ids, anchors, config = batch["input_ids"], batch["anchors"], drafter.config
     rows, length = input_ids.shape
     context, final = target_states(target, input_ids, config.target_layer_ids)
-    # Positions a block's slots stand at: anchor 7 of block size 4 gives 7, 8, 9, 10.
-    positions = anchors[..., None] + torch.arange(config.block_size, device=anchors.device)
-    inside = positions.clamp(max=length - 1)
+    # Places of an anchor and of what its block drafts: anchor 7 and 3 tokens give 7, 8, 9, 10.
+    places = anchors[..., None] + torch.arange(config.num_drafted + 1, device=anchors.device)
+    inside = places.clamp(max=length - 1)
     tokens = take(input_ids, inside)
     supervised = (
         batch["anchor_mask"][..., None]
-        & (positions < length)
+        & (places < length)
         & take(batch["loss_mask"], inside)
         & (take(batch["document_ids"], inside) == take(batch["document_ids"], anchors)[..., None])
     )[..., 1:]
-    noise_ids = torch.full_like(tokens, config.mask_token_id)
-    noise_ids[..., 0] = anchors_tokens = tokens[..., 0]
+    noise_ids = anchors.new_full((*anchors.shape, config.block_size), config.mask_token_id)
+    noise_ids[..., 0] = tokens[..., 0]
     embed = embedding_of(target, drafter)
     context_positions = torch.arange(length, device=anchors.device).expand(rows, -1)
+    positions = anchors[..., None] + torch.arange(config.block_size, device=anchors.device)
     inputs = {
         "noise_embeds": embed(noise_ids.flatten(1)),
         "context_hidden_states": context.to(drafter.dtype),
@@ -91,14 +92,15 @@ def make_blocks(drafter, target, batch: dict[str, torch.Tensor], with_head: bool
         "attention_mask": attention_masks(drafter, anchors, batch["document_ids"]),
     }
     if with_head:
-        # Slot 0 is not scored; it gets the anchor so that shapes agree.
-        previous_ids = torch.cat([anchors_tokens[..., None], tokens[..., :-1]], dim=-1)
+        # A slot that predicts nothing is not scored; it gets the anchor so that shapes agree.
+        unscored = tokens[..., :1].expand(*anchors.shape, config.first_slot)
+        previous_ids = torch.cat([unscored, tokens[..., :-1]], dim=-1)  # (batch, blocks, block_size)
         inputs["previous_embeds"] = embed(previous_ids.flatten(1))
-    slots = torch.arange(1, config.block_size, device=anchors.device).expand_as(supervised)
+    depths = torch.arange(1, config.num_drafted + 1, device=anchors.device).expand_as(supervised)
     return Blocks(
         inputs=inputs,
         labels=tokens[..., 1:][supervised],
-        slots=slots[supervised],
+        depths=depths[supervised],
         supervised=supervised,
         teacher_states=take(final, inside[..., :-1])[supervised],
     )
@@ -112,7 +114,7 @@ def take(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def embedding_of(target, drafter) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the target's embedding as a drafter reads it, without gradient."""
-    embedding = without_embed_norm(target.get_input_embeddings())
+    embedding = draft_embedding(target.get_input_embeddings(), drafter.config)
 
     def embed(token_ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -121,7 +123,8 @@ def embedding_of(target, drafter) -> Callable[[torch.Tensor], torch.Tensor]:
     return embed
 
 
-def output_layer_of(target) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the target's output layer, for states of any dtype."""
+def output_layer_of(target, drafter=None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the target's output layer, for states of any dtype, scaled as the target or a drafter scales it."""
     head = target.get_output_embeddings()
-    return lambda states: head(states.to(next(head.parameters()).dtype))
+    scale = OutputScale.of(target.config.get_text_config(decoder=True), drafter and drafter.config)
+    return lambda states: scale(head(states.to(next(head.parameters()).dtype)))

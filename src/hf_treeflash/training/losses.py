@@ -41,6 +41,7 @@ def score_rows(
     labels: torch.Tensor,
     teacher_states: torch.Tensor | None = None,
     *,
+    teacher_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     num_candidates: int,
     chunk_rows: int,
 ) -> RowScores:
@@ -48,13 +49,15 @@ def score_rows(
 
     Args:
         lm_head (`Callable`):
-            The target's output layer, frozen.
+            The target's output layer as the drafter reads it, frozen.
         states (`torch.Tensor` of shape `(rows, hidden_size)`):
             Normed drafter states.
         labels (`torch.LongTensor` of shape `(rows,)`):
             Tokens to predict.
         teacher_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
             The target's final states; with them the loss is the forward KL to the target, else the cross-entropy.
+        teacher_head (`Callable`, *optional*):
+            The output layer as the target reads it; by default the same.
         num_candidates (`int`):
             Length of the shortlist that `recalled` is about.
         chunk_rows (`int`):
@@ -69,17 +72,19 @@ def score_rows(
         [None] * max(1, -(-len(states) // chunk_rows)) if teacher_states is None else teacher_states.split(chunk_rows),
         strict=True,
     )
-    scores = [checkpoint(_score_chunk, lm_head, *chunk, num_candidates, use_reentrant=False) for chunk in chunks]
+    heads = lm_head, teacher_head or lm_head
+    scores = [checkpoint(_score_chunk, heads, *chunk, num_candidates, use_reentrant=False) for chunk in chunks]
     return RowScores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))
 
 
-def _score_chunk(lm_head, states, labels, teacher_states, num_candidates) -> tuple[torch.Tensor, ...]:
+def _score_chunk(heads, states, labels, teacher_states, num_candidates) -> tuple[torch.Tensor, ...]:
+    lm_head, teacher_head = heads
     logits = lm_head(states).float()
     if teacher_states is None:
         loss = F.cross_entropy(logits, labels, reduction="none")
     else:
         with torch.no_grad():
-            teacher = lm_head(teacher_states).float().log_softmax(dim=-1)
+            teacher = teacher_head(teacher_states).float().log_softmax(dim=-1)
         loss = F.kl_div(logits.log_softmax(dim=-1), teacher, reduction="none", log_target=True).sum(dim=-1)
     with torch.no_grad():
         candidates = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1).indices == labels[:, None]

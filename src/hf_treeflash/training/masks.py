@@ -6,17 +6,16 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from ..block_rule import BlockRule, block_rules
+
 MaskRule = Callable[..., torch.Tensor]
 
 
-def block_mask_rule(
-    anchors: torch.Tensor, document_ids: torch.Tensor, block_size: int, window: int | None = None
-) -> MaskRule:
+def block_mask_rule(anchors: torch.Tensor, document_ids: torch.Tensor, block_size: int, layer: BlockRule) -> MaskRule:
     """Return the rule for keys `[context 0 .. length - 1 | block 0 | block 1 | ...]` and queries `[block 0 | ...]`.
 
     A slot of block j sees the context strictly before anchor j in the anchor's document (at decoding time the target
-    has not processed its newest token yet), and the slots of its own block in both directions; nothing else. A window
-    reaches that many tokens to either side, inclusively, as in DFlash.
+    has not processed its newest token yet) and the slots of its own block, as far as its layer shows them.
 
     Args:
         anchors (`torch.LongTensor` of shape `(batch, blocks)`):
@@ -25,8 +24,8 @@ def block_mask_rule(
             The document of each context position; -1 for padding.
         block_size (`int`):
             Slots per block, the anchor's included.
-        window (`int`, *optional*):
-            Sliding window in tokens.
+        layer ([`BlockRule`]):
+            What the layer shows.
 
     Returns:
         `Callable`: `rule(batch, head, query, key)` for broadcastable index tensors; a `mask_mod` of FlexAttention.
@@ -36,17 +35,14 @@ def block_mask_rule(
     def rule(batch, head, query, key):
         block, slot = query // block_size, query % block_size
         anchor = anchors[batch, block]
-        place = torch.where(key < length, key, 0)
+        column = torch.where(key < length, key, 0)
         document = document_ids[batch, anchor]
-        in_context = (key < length) & (key < anchor) & (document_ids[batch, place] == document)
+        in_context = (key < length) & (key < anchor) & (document_ids[batch, column] == document)
         key_block, key_slot = (key - length) // block_size, (key - length) % block_size
         in_block = (key >= length) & (key_block == block)
-        if window is None:
-            return in_context | in_block
         # Slot k stands at position anchor + k.
-        near_context = anchor + slot - key <= window
-        near_block = (slot - key_slot).abs() <= window
-        return (in_context & near_context) | (in_block & near_block)
+        place = torch.where(key < length, key, anchor + key_slot)
+        return (in_context | in_block) & layer.sees(anchor + slot, place, anchor)
 
     return rule
 
@@ -79,9 +75,8 @@ def attention_masks(drafter, anchors: torch.Tensor, document_ids: torch.Tensor) 
     queries = anchors.shape[1] * config.block_size
     size = (batch, queries, length + queries, anchors.device)
     masks: dict[str, Any] = {}
-    for kind in dict.fromkeys(config.layer_types):
-        window = config.sliding_window if kind == "sliding_attention" else None
-        rule = block_mask_rule(anchors, document_ids, config.block_size, window)
+    for kind, layer in block_rules(config).items():
+        rule = block_mask_rule(anchors, document_ids, config.block_size, layer)
         if config._attn_implementation == "flex_attention":
             masks[kind] = flex_mask(rule, *size)
             continue

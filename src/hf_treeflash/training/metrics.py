@@ -39,10 +39,10 @@ def add_block_metrics(
             `""` for the corrected distributions, `"base_"` for the marginal ones.
         correct (`torch.BoolTensor` of shape `(rows,)`):
             See [`RowScores`].
-        supervised (`torch.BoolTensor` of shape `(batch, blocks, block_size - 1)`):
-            Which slots the rows are.
+        supervised (`torch.BoolTensor` of shape `(batch, blocks, num_drafted)`):
+            Which depths the rows are.
         per_slot (`bool`):
-            Whether to add the accuracy of each slot too.
+            Whether to add the accuracy at each depth too.
     """
     hits = torch.zeros_like(supervised)
     hits[supervised] = correct

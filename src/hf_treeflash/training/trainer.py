@@ -79,7 +79,7 @@ class TreeFlashTrainer(Trainer):
         with_head = self.args.stage != "backbone"
         blocks = make_blocks(drafter, self.target, inputs, with_head)
         outputs = model(**blocks.inputs)
-        weights = slot_weights(blocks.slots, self.args.slot_decay)
+        weights = slot_weights(blocks.depths, self.args.slot_decay)
         sums, losses = self.sums[training], {}
         for prefix, states in (("base_", outputs.last_hidden_state), ("", outputs.corrected_hidden_state)):
             is_frozen = prefix == "base_" and self.args.stage == "head"
@@ -94,10 +94,11 @@ class TreeFlashTrainer(Trainer):
 
     def _score(self, drafter, blocks: Blocks, states: torch.Tensor):
         return score_rows(
-            output_layer_of(self.target),
+            output_layer_of(self.target, drafter),
             blocks.rows(states),
             blocks.labels,
             blocks.teacher_states if self.args.loss == "kl" else None,
+            teacher_head=output_layer_of(self.target),
             num_candidates=drafter.generation_config.num_candidates,
             chunk_rows=self.args.loss_chunk_rows,
         )
@@ -196,6 +197,11 @@ def choose_trainable(model, stage: str) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(stage == "joint" or name.startswith("ar_head.") == (stage == "head"))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if model.config.draft_vocab_size is not None:
+        raise ValueError(
+            f"A drafter with a reduced vocabulary (`draft_vocab_size` {model.config.draft_vocab_size}) cannot be "
+            "trained here: labels are tokens of the whole vocabulary."
+        )
     if stage != "backbone" and model.ar_head is None:
         raise ValueError(
             f"Stage {stage!r} needs a head: load the drafter with `ar_head='swiglu'` to give it a fresh one."
