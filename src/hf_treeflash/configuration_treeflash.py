@@ -33,8 +33,8 @@ class TreeFlashConfig(PreTrainedConfig):
 
         Args:
             vocab_size (`int`, *optional*, defaults to 151936):
-                Vocabulary of the target; the drafter itself holds neither embeddings nor an output layer. None where the
-                checkpoint does not say it: the target's own.
+                Vocabulary of the target; the drafter itself holds neither embeddings nor an output layer. None where
+                the checkpoint does not say it: the target's own.
             hidden_size (`int`, *optional*, defaults to 2560):
                 Width of the drafter, equal to the target's.
             intermediate_size (`int`, *optional*, defaults to 9728):
@@ -59,15 +59,15 @@ class TreeFlashConfig(PreTrainedConfig):
             causal_layers (`str`, *optional*, defaults to `"none"`):
                 Layers in which a slot sees no later slot of its block: `"none"`, `"sliding"` or `"all"`.
             window_rule (`str`, *optional*, defaults to `"inclusive"`):
-                What a window of w tokens lets slot q see at position k: `"inclusive"` |q - k| <= w, as transformers' own
-                DFlash drafters; `"strict"` |q - k| < w; `"context"` the context where q - k < w, and the whole block;
-                `"anchor"` the context at most w before the anchor, and the whole block.
+                What a window of w tokens lets slot q see at position k: `"inclusive"` |q - k| <= w, as transformers'
+                own DFlash drafters; `"strict"` |q - k| < w; `"context"` the context where q - k < w, and the whole
+                block; `"anchor"` the context at most w before the anchor, and the whole block.
             num_target_layers (`int`, *optional*):
                 Number of decoder layers of the target, where the checkpoint says it.
             target_layer_ids (`list[int]`, *optional*):
                 Target layers whose outputs the drafter reads: entry `l` is the output of decoder layer `l`, that is
-                `hidden_states[l + 1]` of the target's full tuple; -1 is the embedding. Derived from the layer counts when
-                absent, by the DFlash rule (for a target of 36 layers when that is not said either).
+                `hidden_states[l + 1]` of the target's full tuple; -1 is the embedding. Derived from the layer counts
+                when absent, by the DFlash rule (for a target of 36 layers when that is not said either).
             block_size (`int`, *optional*, defaults to 16):
                 Slots per drafting pass, the anchor's included, from 2 to 256.
             first_slot (`int`, *optional*, defaults to 1):
