@@ -24,7 +24,8 @@ from .rows import Rows
 from .sequences import Sequences
 from .taps import Taps, tapped_states
 from .tree import DraftTree, root_only
-from .verify import Verdict, Verifier, walk
+from .verify import Verdict, Verifier
+from .walker import Walker
 
 # What a verify pass sets itself, or only the prompt needs.
 PROMPT_KWARGS = {"attention_mask", "position_ids", CACHE, "inputs_embeds", "logits_to_keep"}
@@ -63,6 +64,9 @@ class TreeDecoding:
         self.prunes = bool(askable(logits_processor))
         self.recorder = Recorder(generation_config, batch)
         self.exactness = Exactness(self.verifier, model_kwargs, self.forward_kwargs)
+        self.walker = Walker(
+            self.processor, self.sequences, self.recorder, streamer, generation_config.do_sample, input_ids.device
+        )
         self.acceptance_lengths: list[list[int]] = [[] for _ in range(batch)]
         self.generator = TreeFlashCandidateGenerator(
             drafter,
@@ -151,7 +155,7 @@ class TreeDecoding:
             state.pending = [Context.joined([pending, *state.pending])]
         self.exactness.start(state, self.input_ids, outputs.logits[:, -1])
         # The prompt's last token is the root of a tree without branches.
-        self._end_round(state, self._walk(state.rows, [{} for _ in state.rows], outputs.logits[:, -1:]))
+        self._end_round(state, self.walker(state.rows, [{} for _ in state.rows], outputs.logits[:, -1:]))
         return state
 
     def draft(self, state: RoundState) -> DraftTree:
@@ -223,7 +227,7 @@ class TreeDecoding:
             outputs ([`ModelOutput`]):
                 What the target says of them, `logits` of shape `(rows, nodes, vocab)`.
         """
-        verdicts = self._walk(state.rows, tree.children, outputs.logits)
+        verdicts = self.walker(state.rows, tree.children, outputs.logits)
         for index, (row, verdict) in enumerate(zip(state.rows, verdicts, strict=True)):
             self.acceptance_lengths[row].append(len(verdict.path))
             self.recorder.path(row, index, verdict.path, outputs, state.prefix)
@@ -270,30 +274,6 @@ class TreeDecoding:
             return ids
         return self.recorder.result(ids, steps, cache, self.acceptance_lengths)
 
-    def _walk(self, rows: list[int], children: list[dict], logits: torch.Tensor) -> list[Verdict]:
-        do_sample, choices = self.generation_config.do_sample, None
-        if not do_sample and not self.recorder.needs_scores and self.processor.prefix_independent:
-            choices = self.processor.whole_tree(logits).argmax(dim=-1).tolist()
-        verdicts = []
-        for index, row in enumerate(rows):
-
-            def choose(node: int, index=index, row=row) -> int:
-                if choices is not None:
-                    return choices[index][node]
-                raw = logits[index, node, None].to(self.input_ids.device, torch.float32, copy=True)  # (1, vocab)
-                scores = self.processor.node(row, self.sequences.prefix(row), raw)
-                self.recorder.token(row, scores, raw)
-                if not do_sample:
-                    return int(scores.argmax(dim=-1))
-                return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1))
-
-            def emit(token: int, row=row) -> bool:
-                return self.sequences.append(row, token, self.recorder.scores_of(row))
-
-            verdicts.append(walk(children[index], choose, emit))
-            self._stream(verdicts[-1].token_ids)
-        return verdicts
-
     def _end_round(self, state: RoundState, verdicts: list[Verdict]) -> None:
         """Set the next anchors, and take rows that are finished out of the batch: they cost nothing from here on."""
         state.advance(verdicts)
@@ -311,11 +291,6 @@ class TreeDecoding:
         positions = first_positions[..., rows] + new.to(first_positions.device) - 1
         with recording_past(prefix.cache):
             self.verifier(root_only(tokens), prefix, positions, self.forward_kwargs)
-
-    def _stream(self, token_ids: list[int]) -> None:
-        if self.streamer is not None:
-            for token in token_ids:
-                self.streamer.put(torch.tensor([token]))
 
 
 __all__ = ["PROMPT_KWARGS", "TreeDecoding"]

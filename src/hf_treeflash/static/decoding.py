@@ -82,7 +82,7 @@ class StaticDecoding(TreeDecoding):
         while taken < len(tokens) and not finished:
             finished = self.sequences.append(row, tokens[taken], None)
             taken += 1
-        self._stream(tokens[:taken])
+        self.walker.stream(tokens[:taken])
         self.acceptance_lengths[row].append(taken)
         self.generator.observe(taken - 1)
         return finished
