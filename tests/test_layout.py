@@ -17,6 +17,7 @@ CORE = {path.stem for path in PACKAGE.glob("*.py")} - FRONT
 PARTS = {
     "attention",
     "cache",
+    "choice",
     "compat",
     "layers",
     "logits_process",

@@ -13,7 +13,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .layers import Choice, Columns, Kept, Uploaded, Window, placed
+from .choice import Choice, Uploaded
+from .layers import Columns, Kept, Window, placed
 from .rows import Row, Rows
 from .states import Reached, State
 from .storage import Storage, StoredLayer, release, share

@@ -6,7 +6,7 @@ import torch
 from transformers import Cache
 
 from .cache import PrefixCache
-from .layers import columns_at
+from .choice import columns_at
 from .memory import circumstances, forget, recall, remember
 
 

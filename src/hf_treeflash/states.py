@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
-from .layers import Choice, Uploaded, columns_at
+from .choice import Choice, Uploaded, columns_at
 
 
 class Terms(Protocol):

@@ -6,7 +6,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .layers import Choice
+from .choice import Choice
 
 ROOM = 256  # columns kept free; a full storage is copied to a larger one
 LAYERS = 8  # of one storage at most: while it is copied to a larger one, their memory is needed twice

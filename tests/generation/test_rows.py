@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_treeflash.layers import Uploaded
+from hf_treeflash.choice import Uploaded
 from tests.families.checks import assert_same_cache, drafter_for, ending_at, own_columns
 from tests.generation.test_batch import OwnLimit, padded
 from tests.tiny import tiny_target

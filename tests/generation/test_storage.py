@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_treeflash import storage
-from hf_treeflash.layers import Choice
+from hf_treeflash.choice import Choice
 from tests.families.checks import assert_same_cache, drafter_for, own_columns
 from tests.tiny import prompt, tiny_target
 

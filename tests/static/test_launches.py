@@ -3,7 +3,7 @@
 import pytest
 
 from hf_treeflash.static import attention
-from tests.static.calls import drafter_of, generate, the_session
+from tests.static.calls import drafter_of, generate, running
 from tests.static.launches import launches_of_a_round
 from tests.tiny import tiny_target
 
@@ -17,7 +17,7 @@ def launches(monkeypatch):
         target = tiny_target(head_dim=16, num_hidden_layers=target_layers)
         drafter = drafter_of(head_dim=16, num_hidden_layers=drafter_layers, block_size=16)
         generate(target, drafter)
-        parts = launches_of_a_round(the_session(drafter).round, monkeypatch)
+        parts = launches_of_a_round(running(target, drafter), monkeypatch)
         return {name: sum(counts.values()) for name, counts in parts.items()}
 
     return count

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..cache import PrefixCache
-from ..layers import Uploaded
+from ..choice import Uploaded
 from ..states import State, Terms
 from ..tree import DraftTree
 from .levels import Level, levels_of, reached_columns
