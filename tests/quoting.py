@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from hf_treeflash.transitions import Row
+from hf_treeflash.transitions import NextTokens
 from tests.tiny import VOCAB, tiny_drafter, with_knobs
 
 
@@ -35,7 +35,7 @@ class Quotes:
     def compute_guessed(self) -> list[int]:
         return []
 
-    def read(self, text: int, depth: int, row: int) -> Row:
+    def read(self, text: int, depth: int, row: int) -> NextTokens:
         known, position = self.texts[text], self.positions[text] + depth
         decoys = [(7 * position + 5 * step + 3 * row + text) % VOCAB for step in range(4)]
         tokens = list(dict.fromkeys(decoys))
@@ -48,7 +48,7 @@ class Quotes:
         order = sorted(range(len(tokens)), key=lambda place: -log_probs[place])
         tokens = [tokens[place] for place in order]
         rows = {token: 1 for token in tokens} | ({known[depth]: 0} if quoted else {})
-        return Row(tokens, sorted(log_probs, reverse=True), rows if depth + 1 < self.depth else {})
+        return NextTokens(tokens, sorted(log_probs, reverse=True), rows if depth + 1 < self.depth else {})
 
 
 def quoting_drafter(**knobs):
