@@ -32,7 +32,7 @@ class TreeFlashCandidateGenerator:
         main_model_output_embeddings (`nn.Module`):
             The target's output layer, called as a module.
         generation_config ([`GenerationConfig`], *optional*):
-            Drafting knobs; the drafter's own by default.
+            The call's; drafting knobs in it go before the drafter's own.
         temperature (`float`, *optional*, defaults to 1.0):
             Temperature the call samples with: the tree ranks by what the target is likely to draw.
     """
@@ -51,7 +51,7 @@ class TreeFlashCandidateGenerator:
         self.device, self.dtype = assistant_model.device, assistant_model.dtype
         self.embedding_device = home_of(self.target_embed)
         self.temperature = temperature
-        self.knobs = DraftingKnobs.read(generation_config or assistant_model.generation_config)
+        self.knobs = DraftingKnobs.read(assistant_model.generation_config, generation_config)
         check_head(main_model_output_embeddings, self.knobs)
         self.draft_head = DraftHead(main_model_output_embeddings, self.knobs.draft_lm_head)
         self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))

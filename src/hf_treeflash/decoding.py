@@ -67,6 +67,7 @@ class TreeDecoding:
             drafter,
             target.get_input_embeddings(),
             target.get_output_embeddings(),
+            generation_config,
             temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
         )
         self.auto = auto_budget(drafter, batch) if self.generator.knobs.is_auto else None
@@ -175,8 +176,11 @@ class TreeDecoding:
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
         """Return for some rows of the call what can say which tokens may follow their texts."""
-        vocab_size = self.drafter.config.vocab_size
-        return [Lookahead(self.processor.by_row[row], self.sequences.prefix(row), vocab_size) for row in rows]
+        vocab_size, texts = self.drafter.config.vocab_size, self.sequences
+        return [
+            Lookahead(self.processor.by_row[row], texts.prefix(row), vocab_size, texts.room(row), texts.eos_ids)
+            for row in rows
+        ]
 
     def verify(self, state: RoundState, tree: DraftTree):
         """Run the target once over the trees.

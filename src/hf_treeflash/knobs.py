@@ -1,5 +1,6 @@
 """How a drafter drafts: the names, defaults and limits of the settings on `drafter.generation_config`."""
 
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
@@ -40,24 +41,31 @@ class DraftingKnobs(NamedTuple):
     is_auto: bool = False
 
     @classmethod
-    def read(cls, generation_config: GenerationConfig) -> "DraftingKnobs":
+    def read(cls, generation_config: GenerationConfig, of_call: GenerationConfig | None = None) -> "DraftingKnobs":
         """Read the knobs, refusing impossible values and misspelt names.
 
         Args:
             generation_config ([`GenerationConfig`]):
                 The drafter's; defaults stand in for knobs it does not have.
+            of_call ([`GenerationConfig`], *optional*):
+                The call's, whose knobs go before the drafter's.
 
         Raises:
             ValueError: Naming the knob.
         """
         known = set(vars(GenerationConfig())) | set(KNOB_DEFAULTS)
         unknown = [name for name in vars(generation_config) if name not in known and not name.startswith("_")]
+        given = {} if of_call is None else vars(of_call)
+        # A call's config may hold what others read; what looks like a knob is meant as one.
+        unknown += [name for name in given if name not in known and get_close_matches(name, KNOB_DEFAULTS, cutoff=0.8)]
         if unknown:
+            whose = "call's" if unknown[0] in given else "drafter's"
             raise ValueError(
-                f"Unknown drafting knob `{unknown[0]}` in the drafter's generation_config; "
+                f"Unknown drafting knob `{unknown[0]}` in the {whose} generation_config; "
                 f"the knobs are {', '.join(KNOB_DEFAULTS)}."
             )
         values = {name: getattr(generation_config, name, default) for name, default in KNOB_DEFAULTS.items()}
+        values |= {name: given[name] for name in KNOB_DEFAULTS if name in given}
         is_auto = values["tree_budget"] == "auto"
         values["tree_budget"] = max(AUTO_SIZES) if is_auto else values["tree_budget"]
         _check(values)

@@ -122,14 +122,14 @@ class TreeLogitsProcessor(LogitsProcessor):
         return logits
 
     def whole_tree(self, logits: torch.Tensor) -> torch.Tensor:
-        """Process all nodes in one call, which prefix-independent processors allow.
+        """Process all nodes in one call, in plain decoding's precision; prefix-independent processors allow it.
 
         Args:
             logits (`torch.Tensor` of shape `(batch, nodes, vocab)`):
                 The target's logits.
         """
-        if not self.processors:
-            return logits
+        if not self.processors:  # half precision holds no two numbers that are one in single precision
+            return logits.float() if logits.dtype == torch.float64 else logits
         return self(None, logits.flatten(0, 1).float()).view(logits.shape)
 
 

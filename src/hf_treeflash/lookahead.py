@@ -1,10 +1,11 @@
 """What a call's processors leave possible along paths that are not written yet, so that drafts can be pruned."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor
 
+from .effects import changes_nothing
 from .logits_process import MASKING, can_fork, fork
 
 
@@ -18,12 +19,24 @@ class Lookahead:
             The row's tokens so far.
         vocab_size (`int`):
             Width of the scores.
+        room (`int`):
+            Tokens that may follow the text; plain decoding asks nothing behind them.
+        ends (`Collection[int]`):
+            Tokens that end the text; nothing is asked behind these either.
     """
 
-    def __init__(self, processors: Sequence[LogitsProcessor], prefix: torch.Tensor, vocab_size: int):
+    def __init__(
+        self,
+        processors: Sequence[LogitsProcessor],
+        prefix: torch.Tensor,
+        vocab_size: int,
+        room: int,
+        ends: Collection[int],
+    ):
         self.processors = askable(processors)
-        self.prefix, self.vocab_size = prefix, vocab_size
-        self.after: dict[tuple[int, ...], list[LogitsProcessor]] = {}  # what has read a path and can go on from it
+        self.prefix, self.vocab_size, self.room, self.ends = prefix, vocab_size, room, ends
+        # What has read a path and can go on from it; not there where it raised, so that nobody knows what may follow.
+        self.after: dict[tuple[int, ...], list[LogitsProcessor]] = {}
         self.answers: dict[tuple[int, ...], torch.Tensor] = {}  # a builder that waits for the drafter asks again
 
     def __call__(self, path: list[int]) -> torch.Tensor:
@@ -42,15 +55,20 @@ class Lookahead:
         return self.answers[key]
 
     def _ask(self, path: list[int]) -> torch.Tensor:
-        before = self.after[tuple(path[:-1])] if path else self.processors
+        if len(path) >= self.room or (path and path[-1] in self.ends):
+            return torch.zeros(self.vocab_size, dtype=torch.bool)
+        before = self.after.get(tuple(path[:-1])) if path else self.processors
+        unknown = torch.ones(self.vocab_size, dtype=torch.bool)
+        if before is None:
+            return unknown
         processors = [fork(processor) if can_fork(processor) else processor for processor in before]
         ids = torch.cat([self.prefix, self.prefix.new_tensor([path])], dim=1)
         scores = torch.zeros(1, self.vocab_size, device=ids.device)
         try:
             for processor in processors:
                 scores = processor(ids, scores)
-        except ValueError:  # a constraint that nothing satisfies: the text may never come to this
-            return torch.zeros(self.vocab_size, dtype=torch.bool)
+        except Exception:  # the text may never come to this
+            return unknown
         self.after[tuple(path)] = processors
         return (scores[0] > float("-inf")).cpu()
 
@@ -64,7 +82,15 @@ class Lookahead:
 
 def askable(processors: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
     """Return those of a call's processors that rule tokens out and can be asked ahead of time."""
-    return [processor for processor in processors if type(processor) in MASKING or can_fork(processor)]
+    return [processor for processor in processors if _can_be_asked(processor)]
+
+
+def _can_be_asked(processor: LogitsProcessor) -> bool:
+    if type(processor) is PrefixConstrainedLogitsProcessor and not changes_nothing(
+        processor._prefix_allowed_tokens_fn
+    ):
+        return False  # only plain decoding's questions may have an effect
+    return type(processor) in MASKING or can_fork(processor)
 
 
 __all__ = ["Lookahead", "askable"]

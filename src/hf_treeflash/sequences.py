@@ -28,7 +28,7 @@ class Sequences:
         self._ids = input_ids
         self._unwritten: list[list[int]] = [[] for _ in self.lengths]  # emitted, but not in `_ids` yet
         self._max_length = None
-        self._eos_ids: set[int] = set()
+        self.eos_ids: set[int] = set()
         # Length and end-of-text need no tensor; exact types, as a subclass may decide otherwise.
         self._criteria = StoppingCriteriaList()
         # Without an end-of-text token plain decoding pads nothing: every row is written until all have ended.
@@ -38,7 +38,7 @@ class Sequences:
             if type(criterion) is MaxLengthCriteria:
                 self._max_length = min(criterion.max_length, self._max_length or criterion.max_length)
             elif type(criterion) is EosTokenCriteria:
-                self._eos_ids |= set(criterion.eos_token_id.tolist())
+                self.eos_ids |= set(criterion.eos_token_id.tolist())
             else:
                 self._criteria.append(criterion)
 
@@ -61,7 +61,7 @@ class Sequences:
         length = self.lengths[row]
         self._unwritten[row].append(token)
         self.lengths[row] = length + 1
-        done = token in self._eos_ids or (self._max_length is not None and length + 1 >= self._max_length)
+        done = token in self.eos_ids or (self._max_length is not None and length + 1 >= self._max_length)
         for criterion in self._criteria:  # asked for every token, also for one that ends the text anyway
             done = self._meets(criterion, row, scores) or done
         if done:

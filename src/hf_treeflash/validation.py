@@ -171,7 +171,7 @@ def check_call(
     Raises:
         ValueError: Naming the option and what to do.
     """
-    knobs = DraftingKnobs.read(drafter.generation_config)
+    knobs = DraftingKnobs.read(drafter.generation_config, generation_config)
     if generation_mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"A TreeFlash drafter works with greedy decoding and sampling, not with {generation_mode.value}; "

@@ -94,7 +94,10 @@ def choose(
     Returns:
         `torch.LongTensor` of shape `(batch, nodes)`.
     """
-    scores = processors(None, logits.flatten(0, 1).float()).view(logits.shape) if processors else logits
+    if processors:
+        scores = processors(None, logits.flatten(0, 1).float()).view(logits.shape)  # (batch, nodes, vocab)
+    else:  # plain decoding compares in single precision
+        scores = logits.float() if logits.dtype == torch.float64 else logits
     if noise is None:
         return scores.argmax(dim=-1)
     return (scores.float().softmax(dim=-1) / noise.at(steps)).argmax(dim=-1)
