@@ -19,10 +19,12 @@ PARTS = {
     "cache",
     "choice",
     "compat",
+    "hybrids",
     "layers",
     "logits_process",
     "memory",
     "rows",
+    "states",
     "storage",
     "transitions",
     "tree",
@@ -34,6 +36,7 @@ OPTIONAL = {"triton", "peft", "datasets", "matplotlib", "typer", "rich"}
 REACH = {
     "": set(),
     "kernels": set(),
+    "recurrent": {"", "kernels"},
     "static": {"", "kernels"},
     "bench": {""},
     "training": {"", "bench"},
@@ -94,6 +97,7 @@ def test_what_a_repository_does_without_is_asked_for_by_name():
     assert {name: others for name, others in asked.items() if others} == {
         "compat": {"kernels"},
         "generation": {"static"},
+        "hybrids": {"recurrent"},
     }
 
 

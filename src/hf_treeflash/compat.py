@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-from types import ModuleType
 from typing import Any
 
 from transformers import GenerationMixin
@@ -18,22 +17,4 @@ except ImportError:
     pass
 
 
-def recurrent_layers(config) -> ModuleType | None:
-    """Return how recurrent layers run over trees; None for a model without any.
-
-    Args:
-        config ([`PreTrainedConfig`]):
-            Of the model's text decoder.
-
-    Raises:
-        ValueError: If only the files of a repository are at hand.
-    """
-    if not {"linear_attention", "conv", "hybrid"}.intersection(getattr(config, "layer_types", None) or ()):
-        return None
-    try:
-        return importlib.import_module("hf_treeflash.recurrent")
-    except ImportError as error:
-        raise ValueError("Drafting for a target with recurrent layers needs the hf_treeflash package.") from error
-
-
-__all__ = ["CACHE", "kernels", "recurrent_layers"]
+__all__ = ["CACHE", "kernels"]

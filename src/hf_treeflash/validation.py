@@ -6,8 +6,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from .compat import CACHE, recurrent_layers
+from .compat import CACHE
 from .draft_head import check_head, home_of
+from .hybrids import recurrent_layers
 from .knobs import DraftingKnobs
 from .protocols import Drafter, Target
 from .taps import decoder_layers

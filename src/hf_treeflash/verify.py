@@ -8,7 +8,8 @@ import torch
 
 from .attention import attention_windows, other_attention, replaced_attention, tree_masks
 from .cache import PrefixCache
-from .compat import CACHE, recurrent_layers
+from .compat import CACHE
+from .hybrids import recurrent_layers
 from .tree import DraftTree
 
 
