@@ -14,6 +14,7 @@ import hf_treeflash
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+GOLDEN_SMALL = Path(__file__).parent / "golden_small"
 GOLDEN = Path(os.environ.get("HF_TREEFLASH_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
 
@@ -33,23 +34,29 @@ def attaching_peft():
     return peft
 
 
-@pytest.fixture(scope="session")
-def golden():
-    """The small real pair with reference outputs: a folder beside the checkout, not part of it."""
-    if not (GOLDEN / "golden.json").exists():
-        pytest.skip(f"no reference pair at {GOLDEN} (set HF_TREEFLASH_GOLDEN)")
-    return json.loads((GOLDEN / "golden.json").read_text())
+@pytest.fixture(scope="session", params=["small", "trained on code"])
+def golden_folder(request):
+    """Each pair with reference outputs: the small one here, and a larger one beside the checkout; see the README."""
+    folder = GOLDEN_SMALL if request.param == "small" else GOLDEN
+    if not (folder / "golden.json").exists():
+        pytest.skip(f"no reference pair at {folder} (set HF_TREEFLASH_GOLDEN)")
+    return folder
 
 
 @pytest.fixture(scope="session")
-def golden_target(golden):
-    return AutoModelForCausalLM.from_pretrained(GOLDEN / "target", dtype=torch.float32)
+def golden(golden_folder):
+    return json.loads((golden_folder / "golden.json").read_text())
 
 
 @pytest.fixture(scope="session")
-def golden_drafters(golden):
+def golden_target(golden_folder):
+    return AutoModelForCausalLM.from_pretrained(golden_folder / "target", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def golden_drafters(golden_folder):
     """The official (with head) and the DFlash (without) drafter, by layout."""
     return {
-        name: hf_treeflash.TreeFlashDraftModel.from_pretrained(GOLDEN / f"drafter-{name}", dtype=torch.float32)
+        name: hf_treeflash.TreeFlashDraftModel.from_pretrained(golden_folder / f"drafter-{name}", dtype=torch.float32)
         for name in ("official", "dflash")
     }

@@ -1,9 +1,10 @@
-"""Trees and acceptance lengths of an independent implementation on a real pair, round by round."""
+"""Trees and acceptance lengths of independent implementations on trained pairs, round by round."""
 
 import pytest
 import torch
 
 from hf_treeflash import decoding
+from tests.golden_small import reference
 from tests.tiny import with_knobs
 
 KEYS = {
@@ -38,20 +39,22 @@ def first_tree(monkeypatch):
 
 @pytest.mark.parametrize("name", ["official", "dflash"])
 def test_reference_outputs_trees_and_acceptance(golden, golden_target, golden_drafters, name, first_tree):
-    drafter = with_knobs(golden_drafters[name], tree_budget=32, num_candidates=16, branching=16, draft_temperature=1.0)
+    meta = golden["meta"]
+    knobs = {"tree_budget": meta["tree_size"], "num_candidates": meta["top_m"], "branching": meta["top_k"]}
+    drafter = with_knobs(golden_drafters[name], draft_temperature=meta["drafter_temperature"], **knobs)
     acceptance_key, tree_key = KEYS[name]
     for case in golden["prompts"]:
         ids = torch.tensor([case["prompt_ids"]])
         output = golden_target.generate(
             ids,
             assistant_model=drafter,
-            max_new_tokens=128,
+            max_new_tokens=meta["max_new_tokens"],
             do_sample=False,
             eos_token_id=None,
             return_dict_in_generate=True,
         )
         new = output.sequences[0, ids.shape[1] :].tolist()
-        assert new == case["output_ids"][-128:]
+        assert new == case["output_ids"][-meta["max_new_tokens"] :]
         mine, reference = output.acceptance_lengths[0], case[acceptance_key]
         rounds = len(mine) - 1
         assert mine[:rounds] == reference[:rounds]
@@ -74,8 +77,19 @@ def test_other_settings_keep_the_text(golden, golden_target, golden_drafters, na
     drafter = with_knobs(golden_drafters[name], tree_budget=budget, num_candidates=candidates)
     for case in golden["prompts"][:4]:
         ids = torch.tensor([case["prompt_ids"][10:]])
-        settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None}
+        settings = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": None}
         plain = golden_target.generate(ids, **settings)
         output = golden_target.generate(ids, assistant_model=drafter, return_dict_in_generate=True, **settings)
         assert torch.equal(plain, output.sequences)
         assert output.block_efficiency > 1.5
+
+
+def test_the_small_references_are_those_of_plain_torch():
+    target, drafter = reference.load_pair()
+    stored = reference.stored_references()
+    found = reference.references(target, drafter, [stored["prompts"][0]["prompt_ids"]])["prompts"][0]
+    wanted = stored["prompts"][0]
+    assert found.pop("min_top2_gap") == pytest.approx(wanted.pop("min_top2_gap"), abs=1e-3)
+    for tree in ("first_tree", "marginal_first_tree"):
+        assert found[tree].pop("cum_logprob") == pytest.approx(wanted[tree].pop("cum_logprob"), abs=1e-3)
+    assert found == wanted

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from hf_treeflash import decoding
-from tests.conftest import GOLDEN
 from tests.generation.test_batch import padded
 from tests.tiny import VOCAB, tiny_drafter, tiny_target, with_knobs
 
@@ -117,11 +116,12 @@ def test_one_grammar_for_all_rows_of_a_batch_that_end_at_their_own_pace(target, 
         assert source == FIRST or output.sequences.shape[1] == 14 + 8
 
 
+@pytest.mark.parametrize("golden_folder", ["trained on code"], indirect=True)  # the small pair has no words
 def test_a_json_schema_raises_block_efficiency_on_the_reference_pair(
-    golden, golden_target, golden_drafters, monkeypatch
+    golden_folder, golden_target, golden_drafters, monkeypatch
 ):
     xgrammar = pytest.importorskip("xgrammar")
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "target")
+    tokenizer = AutoTokenizer.from_pretrained(golden_folder / "target")
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=golden_target.config.vocab_size)
     kinds = {"enum": ["int", "str", "float", "bool"]}
     argument = {"name": {"type": "string", "maxLength": 8}, "type": kinds, "optional": {"type": "boolean"}}
