@@ -1,6 +1,5 @@
 """From the target's states to a draft tree: context features, one drafting pass, the builder."""
 
-
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig

@@ -13,13 +13,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-<<<<<<< HEAD
 from .configuration_treeflash import TreeFlashConfig
 from .knobs import KNOB_DEFAULTS
-=======
-from .configuration_treeflash import DRAFTING_DEFAULTS, TreeFlashConfig
 from .layouts import TARGETS_TENSORS, Layout, read_layout
->>>>>>> f1c7f83 (Every published drafter is read as it was trained, or refused by name)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 FLOATS = {"F64", "F32", "F16", "BF16"}

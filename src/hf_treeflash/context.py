@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from transformers import Cache
 
 from .cache import PrefixCache
