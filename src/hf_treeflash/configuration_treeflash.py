@@ -27,65 +27,65 @@ def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> l
 @strict
 class TreeFlashConfig(PreTrainedConfig):
     r"""
-        Configuration of a [`TreeFlashDraftModel`].
+    Configuration of a [`TreeFlashDraftModel`].
 
     Numbers outside the ranges of `ranges.py` are refused by name.
 
-        Args:
-            vocab_size (`int`, *optional*, defaults to 151936):
-                Vocabulary of the target; the drafter itself holds neither embeddings nor an output layer. None where
-                the checkpoint does not say it: the target's own.
-            hidden_size (`int`, *optional*, defaults to 2560):
-                Width of the drafter, equal to the target's.
-            intermediate_size (`int`, *optional*, defaults to 9728):
-                Width of the SwiGLU layers, in the decoder layers and in the AR head.
-            num_hidden_layers (`int`, *optional*, defaults to 5):
-                Number of drafter layers, at most 256.
-            num_attention_heads (`int`, *optional*, defaults to 32):
-                Number of query heads.
-            num_key_value_heads (`int`, *optional*, defaults to 8):
-                Number of key and value heads.
-            head_dim (`int`, *optional*, defaults to 128):
-                Width of one head.
-            rope_parameters (`dict`, *optional*):
-                Rotary embedding parameters as in any transformers config (`rope_type`, `rope_theta`,
-                `partial_rotary_factor`, ...), for all layers or by layer type.
-            rope_interleaved (`bool`, *optional*, defaults to `False`):
-                Rotate neighbouring entries of a head (2i with 2i + 1) instead of its halves (i with i + half).
-            sliding_window (`int`, *optional*):
-                Window of the layers marked `"sliding_attention"` in `layer_types`, in tokens.
-            layer_types (`list[str]`, *optional*):
-                `"full_attention"` or `"sliding_attention"` per layer; all full by default.
-            causal_layers (`str`, *optional*, defaults to `"none"`):
-                Layers in which a slot sees no later slot of its block: `"none"`, `"sliding"` or `"all"`.
-            window_rule (`str`, *optional*, defaults to `"inclusive"`):
-                What a window of w tokens lets slot q see at position k: `"inclusive"` |q - k| <= w, as transformers'
-                own DFlash drafters; `"strict"` |q - k| < w; `"context"` the context where q - k < w, and the whole
-                block; `"anchor"` the context at most w before the anchor, and the whole block.
-            num_target_layers (`int`, *optional*):
-                Number of decoder layers of the target, where the checkpoint says it.
-            target_layer_ids (`list[int]`, *optional*):
-                Target layers whose outputs the drafter reads: entry `l` is the output of decoder layer `l`, that is
-                `hidden_states[l + 1]` of the target's full tuple; -1 is the embedding. Derived from the layer counts
-                when absent, by the DFlash rule (for a target of 36 layers when that is not said either).
-            block_size (`int`, *optional*, defaults to 16):
-                Slots per drafting pass, the anchor's included, from 2 to 256.
-            first_slot (`int`, *optional*, defaults to 1):
-                Slot that predicts the token after the anchor. 1: slot k predicts anchor + k, and the anchor's own slot
-                nothing; 0: slot k predicts anchor + k + 1.
-            mask_token_id (`int`, *optional*, defaults to 151669):
-                Token whose embedding fills the slots after the anchor.
-            input_embedding_scale (`float`, *optional*):
-                The slots' input is the target's bare embedding rows times this; by default what its embedding returns.
-            output_multiplier (`float`, *optional*), final_logit_softcapping (`float`, *optional*):
-                Logits are `cap * tanh(multiplier * W z / cap)`; each is the target's own by default.
-            draft_vocab_size (`int`, *optional*):
-                Tokens of a reduced vocabulary, for which the drafter holds an output layer of its own.
-            bos_token_id, eos_token_id, pad_token_id (`int`, *optional*):
-                Special tokens of the target, which pipelines compare before they pair two models.
-            ar_head (`str`, *optional*):
-                `"swiglu"` for the TreeFlash head that conditions each token on the one before it, `None` for a plain
-                DFlash drafter.
+    Args:
+        vocab_size (`int`, *optional*, defaults to 151936):
+            Vocabulary of the target; the drafter itself holds neither embeddings nor an output layer. None where the
+            checkpoint does not say it: the target's own.
+        hidden_size (`int`, *optional*, defaults to 2560):
+            Width of the drafter, equal to the target's.
+        intermediate_size (`int`, *optional*, defaults to 9728):
+            Width of the SwiGLU layers, in the decoder layers and in the AR head.
+        num_hidden_layers (`int`, *optional*, defaults to 5):
+            Number of drafter layers, at most 256.
+        num_attention_heads (`int`, *optional*, defaults to 32):
+            Number of query heads.
+        num_key_value_heads (`int`, *optional*, defaults to 8):
+            Number of key and value heads.
+        head_dim (`int`, *optional*, defaults to 128):
+            Width of one head.
+        rope_parameters (`dict`, *optional*):
+            Rotary embedding parameters as in any transformers config (`rope_type`, `rope_theta`,
+            `partial_rotary_factor`, ...), for all layers or by layer type.
+        rope_interleaved (`bool`, *optional*, defaults to `False`):
+            Rotate neighbouring entries of a head (2i with 2i + 1) instead of its halves (i with i + half).
+        sliding_window (`int`, *optional*):
+            Window of the layers marked `"sliding_attention"` in `layer_types`, in tokens.
+        layer_types (`list[str]`, *optional*):
+            `"full_attention"` or `"sliding_attention"` per layer; all full by default.
+        causal_layers (`str`, *optional*, defaults to `"none"`):
+            Layers in which a slot sees no later slot of its block: `"none"`, `"sliding"` or `"all"`.
+        window_rule (`str`, *optional*, defaults to `"inclusive"`):
+            What a window of w tokens lets slot q see at position k: `"inclusive"` |q - k| <= w, as transformers' own
+            DFlash drafters; `"strict"` |q - k| < w; `"context"` the context where q - k < w, and the whole block;
+            `"anchor"` the context at most w before the anchor, and the whole block.
+        num_target_layers (`int`, *optional*):
+            Number of decoder layers of the target, where the checkpoint says it.
+        target_layer_ids (`list[int]`, *optional*):
+            Target layers whose outputs the drafter reads: entry `l` is the output of decoder layer `l`, that is
+            `hidden_states[l + 1]` of the target's full tuple; -1 is the embedding. Derived from the layer counts when
+            absent, by the DFlash rule (for a target of 36 layers when that is not said either).
+        block_size (`int`, *optional*, defaults to 16):
+            Slots per drafting pass, the anchor's included, from 2 to 256.
+        first_slot (`int`, *optional*, defaults to 1):
+            Slot that predicts the token after the anchor. 1: slot k predicts anchor + k, and the anchor's own slot
+            nothing; 0: slot k predicts anchor + k + 1.
+        mask_token_id (`int`, *optional*, defaults to 151669):
+            Token whose embedding fills the slots after the anchor.
+        input_embedding_scale (`float`, *optional*):
+            The slots' input is the target's bare embedding rows times this; by default what its embedding returns.
+        output_multiplier (`float`, *optional*), final_logit_softcapping (`float`, *optional*):
+            Logits are `cap * tanh(multiplier * W z / cap)`; each is the target's own by default.
+        draft_vocab_size (`int`, *optional*):
+            Tokens of a reduced vocabulary, for which the drafter holds an output layer of its own.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*):
+            Special tokens of the target, which pipelines compare before they pair two models.
+        ar_head (`str`, *optional*):
+            `"swiglu"` for the TreeFlash head that conditions each token on the one before it, `None` for a plain
+            DFlash drafter.
     """
 
     model_type = "treeflash"

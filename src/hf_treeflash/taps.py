@@ -50,7 +50,8 @@ class Taps:
         target ([`PreTrainedModel`]):
             The target.
         layer_ids (`list[int]`):
-            Zero-based decoder layers; the last layer's state is taken after the final norm, as transformers counts.
+            Zero-based decoder layers; the last layer's state is taken after the final norm, as transformers counts,
+            and -1 is what the first layer is given.
 
     Attributes:
         model_kwargs (`dict`):
@@ -103,8 +104,10 @@ class Taps:
         handles = []
         if not self.model_kwargs and layers is not None:
             final = self.count - 1
-            modules = {i: decoder if i == final else layers[i] for i in self.layer_ids}
+            modules = {i: decoder if i == final else layers[i] for i in self.layer_ids if i >= 0}
             handles = [module.register_forward_hook(self._keep(i)) for i, module in modules.items()]
+            if -1 in self.layer_ids:
+                handles.append(layers[0].register_forward_pre_hook(self._keep_first, with_kwargs=True))
             handles.append(decoder.register_forward_hook(self._hand_out))
             handles.append(target.register_forward_pre_hook(self._begin))
             handles.append(target.register_forward_hook(self._end))
@@ -122,6 +125,10 @@ class Taps:
                 self.latest[layer_id] = state[0] if isinstance(state, tuple) else state
 
         return hook
+
+    def _keep_first(self, module, args, kwargs) -> None:
+        if threading.get_ident() == self.owner:
+            self.latest[-1] = args[0] if args else kwargs["hidden_states"]
 
     def _hand_out(self, module, args, output) -> None:
         if threading.get_ident() == self.owner and len(self.latest) == len(set(self.layer_ids)):

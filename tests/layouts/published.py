@@ -359,8 +359,7 @@ REFUSED = [
         "Nemotron DFlash, no block size",
         dflash({"sample_from_anchor": False}, block_size=None),
         PLAIN,
-        r"config\.json: this is a DFlash drafter: `block_size` is missing: "
-        r".*`from_pretrained\(\.{3}, block_size=\.{3}\)`",
+        r"json: this is a DFlash drafter: `block_size` is missing: .*`from_pretrained\(\.{3}, block_size=\.{3}\)`",
     ),
     Published(
         "Nemotron DSpark",
