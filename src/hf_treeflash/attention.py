@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from .cache import PrefixCache
+from .compat import on_cpu
 from .memory import recall, remember, take
 from .tree import DraftTree
 
@@ -115,7 +116,11 @@ def additive_mask(visible: torch.Tensor, dtype: torch.dtype, seen: int = 0) -> t
         seen (`int`, *optional*, defaults to 0):
             How many columns that every query sees stand before these.
     """
-    mask = torch.zeros(*visible.shape[:-1], seen + visible.shape[-1], dtype=dtype, device=visible.device)
+    *rows, columns = visible.shape
+    columns += seen
+    # Rows begin at multiples of 8 in memory: kernels of a CUDA device would copy other masks, layer by layer.
+    aligned = torch.zeros(*rows, -(-columns // 8) * 8, dtype=dtype, device=visible.device)
+    mask = aligned[..., :columns]
     mask[..., seen:].masked_fill_(~visible, torch.finfo(dtype).min)
     return mask
 
@@ -132,7 +137,7 @@ def grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling
 
     Under a mask transformers repeats them for every head, as other devices' kernels need it; a CPU's do not.
     """
-    if attention_mask is None or query.device.type != "cpu" or kwargs.get("position_bias") is not None:
+    if attention_mask is None or not on_cpu(query.device) or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -146,6 +151,31 @@ AttentionInterface.register(GROUPED, grouped_sdpa)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
+def chosen_attention(config) -> str:
+    """Return the attention a model was given, also while a pass runs with another."""
+    with _turns:
+        chosen, *_ = recall("attention", config) or (config._attn_implementation or "",)
+    return chosen
+
+
+@contextmanager
+def without_plans(device: torch.device) -> Iterator[None]:
+    """Keep SDPA from cuDNN, which makes a plan for every new number of keys: tens of milliseconds each.
+
+    Args:
+        device (`torch.device`):
+            Where a pass runs.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def other_attention(model) -> str | None:
     """Return the attention a model needs under a tree mask in place of its own; None where its own suits.
 
@@ -153,12 +183,11 @@ def other_attention(model) -> str | None:
     and values where a CPU need not.
     """
     config = model.config.get_text_config(decoder=True)
-    with _turns:
-        chosen, *_ = recall("attention", config) or (config._attn_implementation or "",)
-    on_cpu = model.device.type == "cpu"
-    if "flash" not in chosen and chosen != "flex_attention" and not (on_cpu and chosen == "sdpa"):
+    chosen = chosen_attention(config)
+    shared = on_cpu(model.device)
+    if "flash" not in chosen and chosen != "flex_attention" and not (shared and chosen == "sdpa"):
         return None
-    other = "eager" if not model._supports_sdpa else GROUPED if on_cpu else "sdpa"
+    other = "eager" if not model._supports_sdpa else GROUPED if shared else "sdpa"
     if chosen != "sdpa":
         logger.warning_once(f"{chosen} does not suit a tree mask; verify passes use {other} attention instead.")
     return other
@@ -203,15 +232,18 @@ def replaced_attention(config, other: str | None) -> Iterator[None]:
 @contextmanager
 def masked_attention(model) -> Iterator[None]:
     """Let a model whose own attention does not suit a tree mask run with another, and restore its choice."""
-    with replaced_attention(model.config.get_text_config(decoder=True), other_attention(model)):
+    config = model.config.get_text_config(decoder=True)
+    with without_plans(model.device), replaced_attention(config, other_attention(model)):
         yield
 
 
 __all__ = [
     "additive_mask",
     "attention_windows",
+    "chosen_attention",
     "masked_attention",
     "other_attention",
     "replaced_attention",
     "tree_masks",
+    "without_plans",
 ]

@@ -64,6 +64,16 @@ def check_restorable(cache: Cache | None) -> None:
             )
 
 
+def is_left_padded(valid: torch.Tensor | None) -> bool:
+    """Return whether every row's tokens stand together and end at the right edge.
+
+    Args:
+        valid (`torch.BoolTensor` of shape `(batch, columns)`, *optional*):
+            Which columns hold a token; None if all do.
+    """
+    return valid is None or bool(valid[:, -1].all() & ~(valid[:, :-1] & ~valid[:, 1:]).any())
+
+
 @contextmanager
 def recording_past(cache: Cache) -> Iterator[None]:
     """Let layers with a window or a convolution hold a pass's columns until it is committed."""
@@ -103,6 +113,8 @@ class PrefixCache:
         self.storages: list[Storage] | None = None  # until the first commit
         self.of_layers = [kept for layer in cache.layers for kept in kept_by(layer, rewinds) or ()]
         self.kept: list[Kept | Storage] = [*self.of_layers]  # the same, by storages where a single text has them
+        self._gapless: bool | None = None  # as far as it is known
+        self._zeros: torch.Tensor | None = None
 
     def over(self, cache: Cache) -> "PrefixCache":
         """Return the prefix in another cache, one column of a pass behind it: some targets read texts anew."""
@@ -110,6 +122,33 @@ class PrefixCache:
         other.length -= 1
         other.valid = None if self.valid is None else self.valid[:, self.length - other.length :]
         return other
+
+    def starts(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """Return the first column of each row that holds a token; None if further columns hold none.
+
+        Args:
+            batch (`int`):
+                Rows of the next pass.
+            device (`torch.device`):
+                Of the result.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch,)`.
+        """
+        if self.valid is None:
+            if self._zeros is None or len(self._zeros) != batch:
+                self._zeros = torch.zeros(batch, dtype=torch.long, device=device)
+            return self._zeros
+        if self._gapless is None:  # the host waits, but once: paths leave no gaps behind them
+            self._gapless = is_left_padded(self.valid)
+        return (~self.valid).sum(dim=1).to(device) if self._gapless else None
+
+    def shapes(self) -> list[tuple[int, int, int]] | None:
+        """Return for each layer its heads and the sizes of a key and of a value; None unless all keep all columns."""
+        if not all(isinstance(layer, StoredLayer) or type(layer) is DynamicLayer for layer in self.cache.layers):
+            return None
+        states = [(layer.keys, layer.values) for layer in self.cache.layers if layer.is_initialized]
+        return [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in states]
 
     def stored(self, place: int) -> int:
         """Return how many columns of the prefix a layer holds; none before its first pass."""
@@ -194,6 +233,7 @@ class PrefixCache:
         ends = filled if at_left else [self.length] * len(rows)
         for kept, of_rows in zip(self.of_layers, zip(*(row.kept for row in rows), strict=True), strict=True):
             kept.restore(list(of_rows), ends, self.length)
+        self._gapless = None
         valid = [
             torch.ones(row.filled, dtype=torch.bool, device=self._device) if row.valid is None else row.valid
             for row in rows
@@ -221,4 +261,4 @@ class PrefixCache:
         return next(layer.keys.device for layer in self.cache.layers if getattr(layer, "keys", None) is not None)
 
 
-__all__ = ["PrefixCache", "check_restorable", "recording_past"]
+__all__ = ["PrefixCache", "check_restorable", "is_left_padded", "recording_past"]

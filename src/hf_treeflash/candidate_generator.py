@@ -5,17 +5,20 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.utils import logging
 
-from .attention import additive_mask
+from .attention import additive_mask, without_plans
 from .block_rule import block_rules, seen_by_block
 from .cache import PrefixCache
+from .choice import upload
+from .compat import on_cpu
 from .context import Context
 from .draft_head import DraftHead, OutputScale, check_head, draft_embedding, home_of
+from .kernel_attention import PrefixAttention, kernel_attention
 from .knobs import DraftingKnobs
 from .lookahead import Lookahead
 from .lookup import graft
 from .protocols import Drafter
 from .transitions import Proposal
-from .tree import DraftTree, build_tables, build_tree, tree_from_tables
+from .tree import WORD_BITS, DraftTree, build_tables, build_tree, tree_from_tables
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +63,14 @@ class TreeFlashCandidateGenerator:
         self.draft_head = DraftHead(lm_head, self.knobs.draft_lm_head, output_scale)
         self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))
         self.prefix.cache.activate_past_recording()
+        config = assistant_model.config
+        shapes = [(config.num_key_value_heads, config.head_dim, config.head_dim)] * config.num_hidden_layers
+        self.by_kernel = PrefixAttention(assistant_model, shapes)
+        self.sees_all = all(rule.hides_nothing for rule in block_rules(config).values())
+        # To the kernel a block is a tree whose nodes all see each other.
+        full, rest = divmod(config.block_size, WORD_BITS)
+        words = torch.tensor([-1] * full + [(1 << rest) - 1] * (rest > 0), device=self.device)
+        self.block_words = words.expand(1, config.block_size, -1)
         self.rounds = self.emitted = 0
 
     def draft_tree(
@@ -106,20 +117,24 @@ class TreeFlashCandidateGenerator:
         slots, length = self.drafter.config.block_size, context.hidden_states.shape[1]
         last = context.newest_positions  # (batch, 1)
         block = last + torch.arange(1, slots + 1, device=last.device)  # (batch, slots)
-        proposal = self.drafter.draft(
-            anchor_ids,
-            context.hidden_states.to(self.device, self.dtype),
-            self._embed,
-            self.draft_head,
-            position_ids=torch.cat([context.position_ids, block], dim=1).to(self.device),  # (batch, length + slots)
-            attention_mask=self._mask(context),
-            cache=self.prefix.cache,
-            knobs=self.knobs,
-            temperature=self.temperature,
-            # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes. The anchor's
-            # row comes on top: products of 17 rows cost a quarter more than of 16.
-            on_demand=budget - 1 if self.device.type == "cpu" else None,
-        )
+        seen = self._kernel_arguments(context)
+        with without_plans(self.device) if seen is None else kernel_attention(self.drafter.config):
+            proposal = self.drafter.draft(
+                anchor_ids,
+                context.hidden_states.to(self.device, self.dtype),
+                self._embed,
+                self.draft_head,
+                position_ids=torch.cat([context.position_ids, block], dim=1).to(
+                    self.device
+                ),  # (batch, length + slots)
+                cache=self.prefix.cache,
+                knobs=self.knobs,
+                temperature=self.temperature,
+                # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes. The
+                # anchor's row comes on top: products of 17 rows cost a quarter more than of 16.
+                on_demand=budget - 1 if on_cpu(self.device) else None,
+                **({"attention_mask": self._mask(context)} if seen is None else seen),
+            )
         tail_valid = context.valid
         if tail_valid is not None:
             tail_valid = nn.functional.pad(tail_valid, (0, slots), value=True).to(self.device)  # as the positions
@@ -127,6 +142,14 @@ class TreeFlashCandidateGenerator:
         if window is not None:
             self.prefix.trim(window)
         return proposal
+
+    def _kernel_arguments(self, context: Context) -> dict | None:
+        """Return what a pass through the kernel is told; None where there is padding or filler before the block."""
+        batch, length = context.position_ids.shape
+        if context.valid is not None or not self.sees_all:
+            return None
+        words = self.block_words.expand(batch, -1, -1)
+        return self.by_kernel.arguments(self.prefix, self.prefix.length + length, words)
 
     def _mask(self, context: Context) -> dict[str, torch.Tensor] | None:
         config, slots = self.drafter.config, self.drafter.config.block_size
@@ -137,7 +160,7 @@ class TreeFlashCandidateGenerator:
         device = context.position_ids.device
         valid = torch.ones(batch, length, dtype=torch.bool, device=device) if context.valid is None else context.valid
         tail = nn.functional.pad(valid, (0, slots), value=True)  # (batch, length + slots)
-        counts = torch.tensor(context.counts, device=device)[:, None]
+        counts = upload(context.counts, device)[:, None]
         queries = counts + torch.arange(slots, device=device)  # (batch, slots), from the first token of the context
         new = torch.cat([torch.arange(length, device=device).expand(batch, -1), queries], dim=1)
         masks = {}

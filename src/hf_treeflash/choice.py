@@ -25,6 +25,18 @@ class Uploaded:
         return self.copies[device]
 
 
+def upload(values: list, device: torch.device) -> torch.Tensor:
+    """Return integers of the host as a tensor on a device, without the host waiting.
+
+    Args:
+        values (`list`):
+            Integers, or lists of them.
+        device (`torch.device`):
+            Where to.
+    """
+    return Uploaded(torch.tensor(values, dtype=torch.long)).on(device)
+
+
 class Choice:
     """Which columns of a pass stay, worked out once for all layers.
 
@@ -144,4 +156,4 @@ def columns_at(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
-__all__ = ["Choice", "Uploaded", "columns_at"]
+__all__ = ["Choice", "Uploaded", "columns_at", "upload"]

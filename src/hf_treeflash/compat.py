@@ -4,6 +4,7 @@ import importlib
 import inspect
 from typing import Any
 
+import torch
 from transformers import GenerationMixin
 
 _PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -17,4 +18,9 @@ except ImportError:
     pass
 
 
-__all__ = ["CACHE", "kernels"]
+def on_cpu(device: torch.device) -> bool:
+    """Whether work on a device is done by the host itself, which others only launch it on."""
+    return device.type == "cpu"
+
+
+__all__ = ["CACHE", "kernels", "on_cpu"]

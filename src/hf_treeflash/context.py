@@ -6,7 +6,7 @@ import torch
 from transformers import Cache
 
 from .cache import PrefixCache
-from .choice import columns_at
+from .choice import columns_at, upload
 from .memory import circumstances, forget, recall, remember
 
 
@@ -45,13 +45,13 @@ class Context(NamedTuple):
         if states.shape[1] == 1:  # no tree, nothing to choose
             return cls(states, anchor_positions.to(device)[:, None], counts)
         longest = max(counts)
-        nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
+        nodes = upload([path + [0] * (longest - len(path)) for path in paths], device)
         steps = torch.arange(longest, device=device)
         return cls(
             columns_at(states[:, None], nodes)[:, 0],
             anchor_positions.to(device)[:, None] + steps,
             counts,
-            None if min(counts) == longest else steps < torch.tensor(counts, device=device)[:, None],
+            None if min(counts) == longest else steps < upload(counts, device)[:, None],
         )
 
     @property
@@ -59,7 +59,7 @@ class Context(NamedTuple):
         """The last position of each row, `(batch, 1)`."""
         if self.valid is None:
             return self.position_ids[:, -1:]
-        return self.position_ids.gather(1, torch.tensor(self.counts, device=self.position_ids.device)[:, None] - 1)
+        return self.position_ids.gather(1, upload(self.counts, self.position_ids.device)[:, None] - 1)
 
     def select(self, rows: list[int]) -> "Context":
         """Keep only some rows of the batch."""
@@ -96,13 +96,13 @@ class Context(NamedTuple):
             for own, count in zip(columns, part.counts, strict=True):
                 own += range(start, start + count)
             start += part.position_ids.shape[1]
-        index = torch.tensor([own + [0] * (max(counts) - len(own)) for own in columns], device=positions.device)
+        index = upload([own + [0] * (max(counts) - len(own)) for own in columns], positions.device)
         valids = [
             torch.ones_like(part.position_ids, dtype=torch.bool) if part.valid is None else part.valid
             for part in parts
         ]
         valid = torch.cat([valid.to(index.device) for valid in valids], dim=1)
-        present = torch.arange(max(counts), device=index.device) < torch.tensor(counts, device=index.device)[:, None]
+        present = torch.arange(max(counts), device=index.device) < upload(counts, index.device)[:, None]
         return cls(
             columns_at(states[:, None], index.to(states.device))[:, 0],
             positions.gather(1, index),

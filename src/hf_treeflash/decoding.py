@@ -9,6 +9,7 @@ import torch
 from .budget import auto_budget
 from .cache import PrefixCache, recording_past
 from .candidate_generator import TreeFlashCandidateGenerator
+from .choice import upload
 from .compat import CACHE
 from .context import Context, remember_context, take_context
 from .draft_head import OutputScale
@@ -204,7 +205,7 @@ class TreeDecoding:
         room = [self.sequences.room(row) for row in state.rows]
         if min(room) < tree.token_ids.shape[1]:
             # No position that the text cannot reach: some targets know only so many.
-            limit = torch.tensor(room, device=tree.depths.device)[:, None] - 1  # (rows, 1)
+            limit = upload(room, tree.depths.device)[:, None] - 1  # (rows, 1)
             tree = dataclasses.replace(tree, depths=tree.depths.minimum(limit))
         state.taps.clear()  # of what processors ran the target for
         kwargs = self.forward_kwargs | state.taps.model_kwargs

@@ -156,12 +156,12 @@ def small_tree(token_ids: torch.Tensor) -> DraftTree:
             The root's token, and its children's.
     """
     batch, device = len(token_ids), token_ids.device
-    sees = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
+    words = torch.tensor([[0b001], [0b011], [0b101]], device=device)  # each node sees the root and itself
     return DraftTree(
         token_ids,
         torch.tensor([-1, 0, 0], device=device).expand(batch, -1),
         torch.tensor([0, 1, 1], device=device).expand(batch, -1),
-        sees.expand(batch, -1, -1),
+        words.expand(batch, -1, -1),
         torch.zeros(batch, 3, device=device),
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .cache import PrefixCache
+from .choice import upload
 from .context import Context, count_positions
 from .taps import Taps
 from .verify import Verdict
@@ -95,9 +96,8 @@ class RoundState:
             verdicts (`list[Verdict]`):
                 What each row accepted.
         """
-        newest = [verdict.token_ids[-1] for verdict in verdicts]
-        accepted = torch.tensor([len(verdict.path) for verdict in verdicts], device=self.positions.device)
-        self.anchor_ids = torch.tensor(newest, dtype=torch.long, device=self.anchor_ids.device)
+        accepted = upload([len(verdict.path) for verdict in verdicts], self.positions.device)
+        self.anchor_ids = upload([verdict.token_ids[-1] for verdict in verdicts], self.anchor_ids.device)
         self.positions = self.positions + accepted
         self.text_positions = self.text_positions + accepted.to(self.text_positions.device)
 

@@ -5,8 +5,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from .compat import kernels
+from .compat import kernels, on_cpu
 
 Key = tuple[int, int, int]  # text of the batch, depth index, row
 
@@ -113,14 +114,11 @@ class Transitions(NamedTuple):
             return torch.cat([first, further], dim=1)
 
         token_ids, log_probs = by_depth(token_ids), by_depth(log_probs)  # (batch, depth, rows, branching)
-        if links == 0:
-            return cls(token_ids, log_probs, torch.full_like(token_ids, -1))
-        ordered, order = shortlist.sort(dim=-1)
-        wanted = token_ids[:, :-1].flatten(2).contiguous()  # (batch, depth - 1, rows * branching)
-        place = torch.searchsorted(ordered, wanted).clamp_(max=rows - 1)
-        found = ordered.gather(-1, place) == wanted
-        next_row = torch.where(found, order.gather(-1, place), -1).view_as(token_ids[:, :-1])
-        return cls(token_ids, log_probs, torch.cat([next_row, torch.full_like(next_row[:, :1], -1)], dim=1))
+        # A shortlist has a token once at most; behind the last depth there is none.
+        following = F.pad(shortlist, (0, 0, 0, 1), value=-1)[:, :, None, None]  # (batch, depth, 1, 1, rows)
+        places = torch.arange(1, rows + 1, device=shortlist.device)
+        next_row = ((token_ids[..., None] == following) * places).amax(dim=-1) - 1
+        return cls(token_ids, log_probs, next_row)
 
     def rows(self) -> "TableRows":
         """Return the tables' rows for a tree that is built on the host."""
@@ -128,7 +126,7 @@ class Transitions(NamedTuple):
 
     def device_tables(self) -> "Transitions | None":
         """Return the tables themselves if they are on a CUDA device."""
-        return self if self.token_ids.is_cuda else None
+        return None if on_cpu(self.token_ids.device) else self
 
 
 class TableRows:
@@ -277,7 +275,7 @@ def top_log_probs(logits: torch.Tensor, k: int, temperature: float) -> tuple[tor
     Returns:
         `tuple[torch.LongTensor, torch.FloatTensor]`: both of shape `(..., k)`.
     """
-    if kernels is not None and logits.is_cuda:
+    if kernels is not None and not on_cpu(logits.device):
         return kernels.head_select(logits, min(k, logits.shape[-1]), temperature)
     logits = logits if temperature == 1.0 else logits / temperature
     top = logits.log_softmax(dim=-1, dtype=torch.float32).topk(min(k, logits.shape[-1]), dim=-1)

@@ -14,6 +14,8 @@ import torch
 from .compat import kernels
 from .transitions import NextTokens, Proposal, TransitionRows, Transitions
 
+WORD_BITS = 64
+
 Permitted = Callable[[list[int]], torch.Tensor]
 
 
@@ -38,8 +40,8 @@ class DraftTree:
             Index of each node's parent, -1 for the root and for unused nodes.
         depths (`torch.LongTensor` of shape `(batch, nodes)`):
             Distance from the root.
-        ancestor_mask (`torch.BoolTensor` of shape `(batch, nodes, nodes)`):
-            Whether node `i` sees node `j`: its ancestors and itself.
+        ancestor_words (`torch.LongTensor` of shape `(batch, nodes, ceil(nodes / 64))`):
+            Bit `j % 64` of word `j // 64` of node `i` says that it sees node `j`: its ancestors and itself.
         path_log_probs (`torch.FloatTensor` of shape `(batch, nodes)`, nats):
             Log-probability the drafter gives to the path from the root; -inf for unused nodes.
     """
@@ -47,15 +49,27 @@ class DraftTree:
     token_ids: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
-    ancestor_mask: torch.Tensor
+    ancestor_words: torch.Tensor
     path_log_probs: torch.Tensor
+
+    @cached_property
+    def ancestor_mask(self) -> torch.Tensor:
+        """Whether node `i` sees node `j`; bool, `(batch, nodes, nodes)`."""
+        words, nodes = self.ancestor_words, self.token_ids.shape[1]
+        if words.device.type == "cpu":  # numpy unpacks several times faster
+            octets = np.unpackbits(words.numpy().view(np.uint8), axis=2, count=nodes, bitorder="little")
+            return torch.from_numpy(octets.view(np.bool_))
+        bits = words[..., None] >> torch.arange(WORD_BITS, device=words.device) & 1  # (batch, nodes, words, 64)
+        return bits.flatten(2)[..., :nodes].bool()
 
     @cached_property
     def children(self) -> list[dict[tuple[int, int], int]]:
         """For each row, the child node reached from (node, token)."""
+        # In one copy: the host waits for each.
+        rows = torch.stack([self.parents, self.token_ids], dim=1).tolist()
         return [
             {(parent, token): node for node, (parent, token) in enumerate(zip(*row, strict=True)) if parent >= 0}
-            for row in zip(self.parents.tolist(), self.token_ids.tolist(), strict=True)
+            for row in rows
         ]
 
     def first(self, nodes: int) -> "DraftTree":
@@ -71,7 +85,7 @@ class DraftTree:
             self.token_ids[:, :nodes],
             self.parents[:, :nodes],
             self.depths[:, :nodes],
-            self.ancestor_mask[:, :nodes, :nodes],
+            self.ancestor_words[:, :nodes, : -(-nodes // WORD_BITS)],
             self.path_log_probs[:, :nodes],
         )
 
@@ -119,8 +133,7 @@ def build_on_device(transitions: Transitions, anchor_ids: torch.Tensor, tree_bud
     """
     tree = kernels.build_tree(*transitions, tree_budget)
     token_ids = torch.cat([anchor_ids.to(tree.token_ids.device)[:, None], tree.token_ids[:, 1:]], dim=1)
-    ancestor_mask = kernels.unpack_ancestor_words(tree.ancestor_words, tree_budget)  # (batch, nodes, nodes)
-    return DraftTree(token_ids, tree.parents, tree.depths, ancestor_mask, tree.path_log_probs)
+    return DraftTree(token_ids, tree.parents, tree.depths, tree.ancestor_words, tree.path_log_probs)
 
 
 def build_tables(
@@ -227,15 +240,14 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
         return torch.from_numpy(np.array([values + [pad] * (nodes - len(values)) for values in lists], dtype=dtype))
 
     masks = [row.ancestors + [1 << node for node in range(len(row.ancestors), nodes)] for row in rows]
-    width = (nodes + 7) // 8
-    packed = b"".join(word.to_bytes(width, "little") for words in masks for word in words)
-    octets = np.frombuffer(packed, dtype=np.uint8).reshape(len(rows), nodes, width)  # (batch, nodes, nodes / 8)
-    sees = np.unpackbits(octets, axis=2, count=nodes, bitorder="little").view(np.bool_)  # (batch, nodes, nodes)
+    width = -(-nodes // WORD_BITS)
+    packed = bytearray().join(word.to_bytes(8 * width, "little") for words in masks for word in words)
+    words = np.frombuffer(packed, dtype="<i8").reshape(len(rows), nodes, width)  # (batch, nodes, words)
     return DraftTree(
         token_ids=stack("token_ids", 0),
         parents=stack("parents", -1),
         depths=stack("depths", 0),
-        ancestor_mask=torch.from_numpy(sees),
+        ancestor_words=torch.from_numpy(words),
         path_log_probs=stack("path_log_probs", float("-inf"), np.float32),
     )
 
@@ -249,7 +261,16 @@ def root_only(anchor_ids: torch.Tensor) -> DraftTree:
     """
     token_ids = anchor_ids[:, None]
     zeros = torch.zeros_like(token_ids)
-    return DraftTree(token_ids, zeros - 1, zeros, torch.ones_like(zeros[..., None], dtype=torch.bool), zeros.float())
+    return DraftTree(token_ids, zeros - 1, zeros, torch.ones_like(zeros[..., None]), zeros.float())
 
 
-__all__ = ["DraftTree", "NodeTable", "build_on_device", "build_tables", "build_tree", "root_only", "tree_from_tables"]
+__all__ = [
+    "WORD_BITS",
+    "DraftTree",
+    "NodeTable",
+    "build_on_device",
+    "build_tables",
+    "build_tree",
+    "root_only",
+    "tree_from_tables",
+]

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from transformers.utils import logging
 
-from .attention import attention_windows, other_attention, replaced_attention, tree_masks
+from .attention import attention_windows, other_attention, replaced_attention, tree_masks, without_plans
 from .cache import PrefixCache
 from .compat import CACHE
 from .hybrids import recurrent_layers
+from .kernel_attention import PrefixAttention, kernel_attention
 from .tree import DraftTree
+
+logger = logging.get_logger(__name__)
 
 
 class Verdict(NamedTuple):
@@ -69,10 +74,11 @@ class Verifier:
         self.config = target.config.get_text_config(decoder=True)
         self.windows = attention_windows(self.config)
         self.dtype = target.dtype
-        self.attention = other_attention(target)
         self.recurrent = recurrent_layers(self.config)
         if self.recurrent is not None:
             self.recurrent.install(target)
+        self.by_kernel = PrefixAttention(target)
+        self.proven = False  # a pass has run through the kernel
 
     def __call__(self, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
         """Run the target once over the nodes.
@@ -90,11 +96,11 @@ class Verifier:
         Returns:
             The target's output; `logits` has one row per node.
         """
-        in_force = nullcontext() if self.recurrent is None else self.recurrent.tree_in_force(tree, prefix)
-        with replaced_attention(self.config, self.attention), in_force:
+
+        def run(attention_mask=None, **arguments):
             inputs = self.target.prepare_inputs_for_generation(
                 tree.token_ids,
-                attention_mask=tree_masks(self.config, self.windows, tree, prefix, self.dtype),
+                attention_mask=attention_mask,
                 position_ids=anchor_positions[..., None] + tree.depths,
                 is_first_iteration=False,
                 **{CACHE: prefix.cache},
@@ -102,7 +108,41 @@ class Verifier:
             )
             if "logits_to_keep" in inputs:
                 inputs["logits_to_keep"] = tree.token_ids.shape[1]
-            return self.target(**inputs, return_dict=True)
+            return self.target(**inputs, **arguments, return_dict=True)
+
+        arguments = None
+        if tree.token_ids.shape[1] > 1 or prefix.valid is not None:  # a bare root is plain decoding
+            arguments = self.by_kernel.arguments(prefix, prefix.length, tree.ancestor_words)
+        if arguments is not None:
+            with kernel_attention(self.config):
+                outputs = self._attempt(run, arguments, prefix)
+            if outputs is not None:
+                return outputs
+        in_force = nullcontext() if self.recurrent is None else self.recurrent.tree_in_force(tree, prefix)
+        with without_plans(tree.depths.device), replaced_attention(self.config, self.attention), in_force:
+            return run(tree_masks(self.config, self.windows, tree, prefix, self.dtype))
+
+    @cached_property
+    def attention(self) -> str | None:
+        """The attention of passes with masks, None for the target's own."""
+        return other_attention(self.target)
+
+    def _attempt(self, run: Callable, arguments: dict, prefix: PrefixCache):
+        """Run a pass through the kernel; where the first one fails, there is none, and masks are used from then on."""
+        try:
+            outputs = run(**arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.proven:
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            logger.warning_once(f"{type(self.target).__name__} runs without the tree attention kernel. {reason}")
+            self.by_kernel.runs = False
+            prefix.rollback()
+            return None
+        self.proven = True
+        return outputs
 
 
 __all__ = ["Verdict", "Verifier", "walk"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_treeflash.static import attention
+from hf_treeflash import kernels
 from tests.static.calls import drafter_of, generate, running
 from tests.static.launches import launches_of_a_round
 from tests.tiny import tiny_target
@@ -11,7 +11,7 @@ from tests.tiny import tiny_target
 @pytest.fixture
 def launches(monkeypatch):
     """Return totals of the parts of a round, for numbers of layers of the target and the drafter."""
-    monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
+    monkeypatch.setattr(kernels, "use_triton", lambda tensor: True)
 
     def count(target_layers: int, drafter_layers: int) -> dict[str, int]:
         target = tiny_target(head_dim=16, num_hidden_layers=target_layers)

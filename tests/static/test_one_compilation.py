@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import CompileConfig
 
-from hf_treeflash.static import attention
+from hf_treeflash import kernels
 from hf_treeflash.static.sessions import round_up
 from tests.static.calls import drafter_of, generate, plainly, the_session
 from tests.tiny import prompt, tiny_target
@@ -16,7 +16,7 @@ LONGEST = 5000
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "masks"])
 def test_texts_from_200_to_5000_tokens(monkeypatch, kernel):
     """The kernel's oracle stands in for it; masks are compiled once per span."""
-    monkeypatch.setattr(attention, "use_triton", lambda tensor: kernel)
+    monkeypatch.setattr(kernels, "use_triton", lambda tensor: kernel)
     graphs = []
 
     def backend(graph, inputs):

@@ -9,7 +9,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 
-from hf_treeflash.static import attention, decoding
+from hf_treeflash import kernels
+from hf_treeflash.static import decoding
 from tests.families.checks import ending_at
 from tests.generation.test_batch import padded
 from tests.static.calls import drafter_of, generate, plainly, running, sessions, the_session
@@ -97,7 +98,7 @@ def test_the_drafters_attention_by_kernel_is_that_by_masks(target, monkeypatch, 
     config = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]} if windows else {}
     by_masks, by_kernel = drafter_of(head_dim=16, **config), drafter_of(head_dim=16, **config)
     expected = generate(target, by_masks, padded(3), max_new_tokens=60)
-    monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
+    monkeypatch.setattr(kernels, "use_triton", lambda tensor: True)
     output = generate(target, by_kernel, padded(3), max_new_tokens=60)
     assert the_session(by_kernel).round.block_attention.by_kernel == (not windows)
     assert output.acceptance_lengths == expected.acceptance_lengths
@@ -107,7 +108,7 @@ def test_the_drafters_attention_by_kernel_is_that_by_masks(target, monkeypatch, 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_sliding"])
 def test_tree_attention_in_place_of_masks(family, monkeypatch):
     """What runs on CUDA, by the kernel's oracle."""
-    monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
+    monkeypatch.setattr(kernels, "use_triton", lambda tensor: True)
     target, drafter = tiny_target(family, head_dim=16), drafter_of(head_dim=16)
     static = generate(target, drafter, padded(3))
     launcher = the_session(drafter)
@@ -119,7 +120,7 @@ def test_tree_attention_in_place_of_masks(family, monkeypatch):
 
 
 def test_a_layer_that_tree_attention_does_not_know_takes_masks(monkeypatch, warnings):
-    monkeypatch.setattr(attention, "use_triton", lambda tensor: True)
+    monkeypatch.setattr(kernels, "use_triton", lambda tensor: True)
 
     def refuse(*args):
         raise NotImplementedError("not this one")

@@ -5,6 +5,7 @@ Every function runs its kernel where the tensors are on a CUDA device and triton
 Importing this package does not import triton.
 """
 
+from ._launch import use_triton
 from .accept import accept, accept_reference
 from .add_path import add_path, add_path_reference
 from .ancestor_words import dense_tree_mask, pack_ancestor_words, unpack_ancestor_words
@@ -38,4 +39,5 @@ __all__ = [
     "tree_attention",
     "tree_attention_reference",
     "unpack_ancestor_words",
+    "use_triton",
 ]

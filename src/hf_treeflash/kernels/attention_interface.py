@@ -32,6 +32,8 @@ from .ancestor_words import dense_tree_mask
 from .tree_attention import default_num_splits, tree_attention
 
 TREE_ATTENTION = "tree_attention"
+# A program that reads so many slots takes no longer than the host needs for a layer's other launches.
+SLOTS_OF_A_LAUNCH = 2048
 # Keyword arguments of attention functions that change the scores in ways neither path here knows.
 UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks", "cache")
 
@@ -176,7 +178,11 @@ def tree_attention_forward(
     window = _sliding_window(module, kwargs)
     plain = window is None and softcap is None and sinks is None
     if plain and key.shape == value.shape and query.shape[-1] == key.shape[-1]:
-        return tree_attention_op(query, key, value, words, tree_prefix, tree_start, scaling), None
+        inputs = query, key, value, words, tree_prefix, tree_start, scaling
+        if torch.compiler.is_compiling():
+            return tree_attention_op(*inputs), None
+        # Launched one by one, passes wait for the host, which an operator of our own and a merge of splits would keep.
+        return tree_attention(*inputs, default_num_splits(query, key, SLOTS_OF_A_LAUNCH)), None
     mask = dense_tree_mask(words, tree_prefix, tree_start, key.shape[2], sliding_window=window)
     if softcap is not None or sinks is not None:
         return _softmax_attention(module, query, key, value, mask, scaling, softcap, sinks), None

@@ -7,6 +7,7 @@ The verification step of tree speculative decoding (TreeFlash, arXiv 2606.03819)
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -191,13 +192,18 @@ def is_tileable(head_dim: int) -> bool:
     return next_power_of_2(head_dim) == head_dim and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _config_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, int]:
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
+    capability = _capability(query.device) if query.is_cuda else (0, 0)
     packed_rows = query.shape[2] * (query.shape[1] // key.shape[1])
     return tree_attention_config(query.dtype, query.shape[3], packed_rows, capability)
 
 
-def default_num_splits(query: torch.Tensor, key: torch.Tensor) -> int:
+def default_num_splits(query: torch.Tensor, key: torch.Tensor, at_least: int = MIN_SPLIT_SLOTS) -> int:
     """
     Returns into how many parts to cut the prefix: programs for every multiprocessor, none with too little to do.
 
@@ -206,11 +212,13 @@ def default_num_splits(query: torch.Tensor, key: torch.Tensor) -> int:
             Queries.
         key (`torch.Tensor` of shape `(batch, kv_heads, slots, head_dim)`):
             Keys. The number of slots bounds the prefix, whose length the device alone knows.
+        at_least (`int`, *optional*, defaults to 128):
+            Slots of a part.
     """
     batch, kv_heads, slots, _ = key.shape
     packed_rows = query.shape[2] * (query.shape[1] // kv_heads)
     tiles = -(-packed_rows // _config_of(query, key)["BLOCK_M"])
-    wanted = min(PROGRAMS // (batch * kv_heads * tiles), slots // MIN_SPLIT_SLOTS, MAX_SPLITS)
+    wanted = min(PROGRAMS // (batch * kv_heads * tiles), slots // at_least, MAX_SPLITS)
     return 1 << (max(wanted, 1).bit_length() - 1)  # few values: each is compiled
 
 

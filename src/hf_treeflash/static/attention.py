@@ -9,11 +9,10 @@ from ..attention import (
     additive_mask,
     attention_windows,
     masked_attention,
-    replaced_attention,
 )
 from ..block_rule import block_rules, seen_by_block
-from ..kernels import Tree, dense_tree_mask, is_tileable, pack_ancestor_words
-from ..kernels._launch import use_triton
+from ..kernel_attention import fits_kernel, kernel_attention
+from ..kernels import Tree, dense_tree_mask, pack_ancestor_words
 
 
 class KernelAttention:
@@ -37,9 +36,7 @@ class KernelAttention:
     def __init__(self, model, starts: torch.Tensor, shapes: list[tuple[int, int, int]]):
         self.model, self.starts = model, starts
         self.config = model.config.get_text_config(decoder=True)
-        supported = getattr(model, "_supports_attention_backend", False) and not model.training
-        tileable = all(key == value and is_tileable(key) for _, key, value in shapes)
-        self.by_kernel = bool(supported) and tileable and use_triton(starts)
+        self.by_kernel = fits_kernel(model, shapes, starts)
 
     @property
     def spanless(self) -> bool:
@@ -53,9 +50,7 @@ class KernelAttention:
             with masked_attention(self.model):
                 yield
             return
-        from ..kernels.attention_interface import register_tree_attention
-
-        with replaced_attention(self.config, register_tree_attention()):
+        with kernel_attention(self.config):
             yield
 
 

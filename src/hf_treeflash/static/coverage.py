@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-import torch
 from transformers import GenerationMixin
 
+from ..cache import is_left_padded
 from ..decoding import PROMPT_KWARGS, TreeDecoding
 from ..logits_process import PREFIX_INDEPENDENT
 from ..round_state import RoundState
@@ -16,16 +16,6 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 def why_dynamic(decoding: TreeDecoding, state: RoundState) -> str | None:
     """Return what the static path does not cover in a call that has been prefilled, None if it covers everything."""
     return next(_uncovered(decoding, state), None)
-
-
-def is_left_padded(valid: torch.Tensor | None) -> bool:
-    """Return whether every row's tokens stand together and end at the right edge.
-
-    Args:
-        valid (`torch.BoolTensor` of shape `(batch, columns)`, *optional*):
-            Which columns hold a token; None if all do.
-    """
-    return valid is None or (bool(valid[:, -1].all()) and not bool((valid[:, :-1] & ~valid[:, 1:]).any()))
 
 
 def _uncovered(decoding: TreeDecoding, state: RoundState) -> Iterator[str]:
@@ -59,4 +49,4 @@ def _uncovered(decoding: TreeDecoding, state: RoundState) -> Iterator[str]:
         yield "padding that is not on the left"
 
 
-__all__ = ["is_left_padded", "why_dynamic"]
+__all__ = ["why_dynamic"]
