@@ -1,4 +1,4 @@
-"""The TreeFlash drafter: a DFlash backbone and a head that conditions each token on the one before it."""
+"""The TreeFlash drafter: a DFlash backbone, a head that conditions each token on the one before it, and one draft."""
 
 import os
 from collections.abc import Callable
@@ -6,25 +6,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    eager_attention_forward,
-)
 
-from .block_rule import BlockRule, block_rules
+from .ar_head import ARHead, by_slot
+from .backbone import RMSNorm, TreeFlashDecoderLayer, layer_masks
 from .compat import CACHE
 from .configuration_treeflash import TreeFlashConfig
 from .draft_head import narrowed
 from .knobs import DEFAULT_KNOBS, KNOB_DEFAULTS, DraftingKnobs
-from .rotary import rotary_embedding, rotate, rotations
+from .rotary import rotary_embedding, rotations
 from .transitions import HeadRows, Transitions, top_log_probs
 
 
@@ -40,123 +32,6 @@ class TreeFlashOutput(BaseModelOutputWithPast):
     """
 
     corrected_hidden_state: torch.Tensor | None = None
-
-
-class RMSNorm(Qwen3RMSNorm):
-    """The same norm, in one operation where nothing is trained."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or hidden_states.dtype != self.weight.dtype:
-            return super().forward(hidden_states)
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-
-
-class TreeFlashAttention(nn.Module):
-    """Attention of a block over the context and itself, without a causal order."""
-
-    def __init__(self, config: TreeFlashConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = False
-        self.rope_interleaved = config.rope_interleaved
-        is_sliding = (config.layer_types or [])[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if is_sliding else None
-        query_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-
-    def forward(self, hidden_states, context, position_embeddings, attention_mask, cache, **kwargs):
-        batch, slots, _ = hidden_states.shape
-        # One projection for context and block together: their keys and values differ only in where they come from.
-        source = torch.cat([context, hidden_states], dim=1)
-        query = self.q_norm(self.q_proj(hidden_states).view(batch, slots, -1, self.head_dim)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(source).view(batch, source.shape[1], -1, self.head_dim)).transpose(1, 2)
-        value = self.v_proj(source).view(batch, source.shape[1], -1, self.head_dim).transpose(1, 2)
-        cos, sin = position_embeddings
-        query = rotate(query, cos[:, :, -slots:], sin[:, :, -slots:], self.rope_interleaved)
-        key = rotate(key, cos, sin, self.rope_interleaved)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(batch, slots, -1))
-
-
-class TreeFlashDecoderLayer(GradientCheckpointingLayer):
-    """One drafter layer; the context enters as keys and values only and is not updated."""
-
-    def __init__(self, config: TreeFlashConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = TreeFlashAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, hidden_states, context, **kwargs):
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, **kwargs)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class ARHead(nn.Module):
-    """SwiGLU correction of a slot's state for the token before it (arXiv 2606.03819, AR approximation)."""
-
-    def __init__(self, config: TreeFlashConfig):
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, eps=1e-6)
-        self.up_gate_proj = nn.Linear(2 * config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        # `post_init` overwrites values set here, so the leaf carries a mark for `_init_weights` instead.
-        setattr(self.down_proj, "_zero_init", True)
-
-    def forward(
-        self, previous_embeds: torch.Tensor, normed_states: torch.Tensor, slots: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the term to add to the un-normed states.
-
-        Args:
-            previous_embeds (`torch.Tensor` of shape `(batch, rows, hidden_size)`):
-                Target embeddings of the previous tokens.
-            normed_states (`torch.Tensor` of shape `(batch, slots, hidden_size)`):
-                Normed backbone states of the slots.
-            slots (`torch.LongTensor` of shape `(rows,)`, *optional*):
-                The slot of each row; by default row `i` belongs to slot `i`.
-        """
-        up, gate = self._up_gate(self.norm(previous_embeds), normed_states, slots).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-    def _up_gate(self, previous: torch.Tensor, states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
-        adapted = type(self.up_gate_proj) is not nn.Linear  # or quantised: only the module knows its weight
-        if adapted or previous.shape[1] <= 2 * states.shape[1]:  # few rows cost less than more operations
-            return self.up_gate_proj(torch.cat([previous, by_slot(states, slots)], dim=-1))
-        # The state's half of the product is the same for every previous token of a slot: compute it once.
-        previous_weight, state_weight = self.up_gate_proj.weight.chunk(2, dim=1)
-        return F.linear(previous, previous_weight) + by_slot(
-            F.linear(states, state_weight, self.up_gate_proj.bias), slots
-        )
-
-
-def by_slot(states: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
-    """Repeat each slot's states for its rows."""
-    return states if slots is None else states.index_select(1, slots)
 
 
 class TreeFlashPreTrainedModel(PreTrainedModel):
@@ -257,7 +132,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             past = cache.get_seq_length() if cache is not None else 0
             length = context.shape[1] + noise_embeds.shape[1]
             position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
-        masks = self._layer_masks(attention_mask, noise_embeds, cache)
+        masks = layer_masks(self.config, attention_mask, noise_embeds, cache)
         rotation = rotations(self.rotary_emb, self.config.layer_types or (), noise_embeds, position_ids)
         hidden_states = noise_embeds
         for kind, layer in zip(self.config.layer_types or [], self.layers, strict=True):
@@ -280,25 +155,6 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
     def target_ids(self, columns: torch.Tensor) -> torch.Tensor:
         """Return the target's tokens behind columns of the output layer; the same unless the vocabulary is reduced."""
         return columns if self.config.draft_vocab_size is None else columns + self.d2t[columns]
-
-    def _layer_masks(self, attention_mask, noise_embeds, cache) -> dict:
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        rules = block_rules(self.config)
-        sees_all = attention_mask is None and all(rule.hides_nothing for rule in rules.values())
-        if sees_all or (attention_mask is not None and attention_mask.ndim == 4):
-            return dict.fromkeys(rules, attention_mask)
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": noise_embeds,
-            "attention_mask": attention_mask,
-            CACHE: cache,
-        }
-        builders = {
-            "full_attention": create_bidirectional_mask,
-            "sliding_attention": create_bidirectional_sliding_window_mask,
-        }
-        return {kind: builders[kind](**arguments, and_mask_function=overlay(rule)) for kind, rule in rules.items()}
 
     @torch.no_grad()
     def draft(
@@ -344,9 +200,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         """
         temperature, branching = temperature * knobs.draft_temperature, knobs.branching
         masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
-        noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))
+        noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))  # (batch, slots, hidden_size)
         hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs)
-        hidden = hidden[:, self.config.first_slot :]
+        hidden = hidden[:, self.config.first_slot :]  # (batch, depth, hidden_size)
         normed = self.norm(hidden)
         if self.ar_head is None:
             marginal = Transitions.marginal(lm_head(normed), branching, temperature)
@@ -354,9 +210,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
         # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
         links = hidden.shape[1] - 1
-        marginals = lm_head(normed[:, :links] if knobs.draft_vocab is None else normed)
+        marginals = lm_head(normed[:, :links] if knobs.draft_vocab is None else normed)  # (batch, links, vocab)
         shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], knobs.num_candidates, temperature)
-        shortlist = self.target_ids(shortlist)
+        shortlist = self.target_ids(shortlist)  # (batch, links, candidates)
         row_head, vocabulary = narrowed(lm_head, marginals, knobs.draft_vocab)
 
         def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
@@ -368,11 +224,11 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, shortlist_log_probs)
             rows.compute_likely(on_demand)
             return rows
-        # One row for the anchor, then one per candidate of each further slot.
+        # One row for the anchor, then one per candidate of each further slot: `rows` in all.
         previous = torch.cat([noise_embeds[:, :1], embed(shortlist).flatten(1, 2)], dim=1)
         following = torch.arange(1, hidden.shape[1], device=hidden.device).repeat_interleave(shortlist.shape[-1])
-        slots = nn.functional.pad(following, (1, 0))
-        token_ids, log_probs = score(hidden, normed, previous, slots)
+        slots = nn.functional.pad(following, (1, 0))  # (rows,)
+        token_ids, log_probs = score(hidden, normed, previous, slots)  # (batch, rows, branching)
         return Transitions.conditional(token_ids, log_probs, shortlist)
 
     @classmethod
@@ -397,15 +253,6 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         # Always our layout, also for a drafter that was read from another.
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
         self.generation_config.save_pretrained(save_directory)
-
-
-def overlay(rule: BlockRule) -> Callable | None:
-    """Return what a rule hides beyond the masks of transformers, which know windows to both sides, inclusively."""
-    if rule.window is not None and rule.window_rule not in ("inclusive", "strict"):
-        raise ValueError(f"`window_rule` {rule.window_rule!r} needs masks by kind of layer, which `generate` makes.")
-    if not rule.is_causal and (rule.window is None or rule.window_rule == "inclusive"):
-        return None
-    return lambda batch, head, query, key: rule.sees(query, key, query)
 
 
 __all__ = ["TreeFlashDraftModel", "TreeFlashPreTrainedModel"]

@@ -58,8 +58,8 @@ def rotations(
 
 def _signed(cos: torch.Tensor, sin: torch.Tensor) -> Rotation:
     """Give the first half of the sines the sign that goes with the swap of a head's halves."""
-    sin[..., : sin.shape[-1] // 2].neg_()
-    return cos[:, None], sin[:, None]
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, None], torch.cat([-first, second], dim=-1)[:, None]  # (batch, 1, length, rotated)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
