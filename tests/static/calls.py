@@ -41,8 +41,9 @@ def the_session(drafter):
 
 
 def running(target, drafter):
-    """Return the round of the last call with its models back, to be run outside of a call."""
+    """Return the round of the last call with its models back, to be run outside of a call; it is no longer kept."""
     round = the_session(drafter).round
+    memory.forget(drafter, "sessions")
     round.hold(
         target, TreeFlashCandidateGenerator(drafter, target.get_input_embeddings(), target.get_output_embeddings())
     )

@@ -181,7 +181,7 @@ class StaticRound:
         """Read the states of the last path and draft the next trees."""
         columns = torch.arange(self.longest, device=self.device)
         context = (self.lengths - self.pending_counts)[:, None] + columns
-        block = self.lengths[:, None] + torch.arange(self.block, device=self.device)
+        block = self.lengths[:, None] + columns[: self.block]
         # A path shorter than the longest leaves filler, which goes behind the block, where no mask shows it.
         filler = columns >= self.pending_counts[:, None]
         self.drafter_cache.place(torch.cat([context + self.block * filler, block], dim=1), span)
