@@ -181,6 +181,15 @@ def test_optional_libraries_load_when_used():
     assert not outer & set(json.loads(loaded))
 
 
+def test_contributing_tells_where_everything_is():
+    rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")]
+    told = {name for row in rows for name in re.findall(r"`([\w/]+)`", row.split("|")[1])}
+    folders = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")} | {"tiny/"}
+    assert {name for name in told if name.count("/") == 0} == CORE | FRONT
+    assert {name for name in told if name.endswith("/")} == folders
+    assert all((PACKAGE / f"{name}.py").exists() for name in told if not name.endswith("/"))
+
+
 def test_public_names():
     import hf_treeflash
 
