@@ -77,7 +77,8 @@ def rounds(device: str, preset: str, budget: int, result: Path, *options: str) -
 def part_a(out: Path, device: str) -> list[list[Step]]:
     """Exactness, and the compile caches for part B; the steps of one list run side by side."""
     warm = ["--arms", "graphed", "graphed vanilla", "--repeats", "1"]
-    tests = ["-m", "pytest", "-n", "6", "-p", "no:cacheprovider", "tests/kernels", "tests/static/test_gpu.py"]
+    tests = ["-m", "pytest", "-v", "--tb=short", "-n", "6", "-p", "no:cacheprovider"]
+    tests += ["tests/kernels", "tests/static/test_gpu.py"]
     report = out / "a_tests.xml"
 
     def step(name: str, limit: float, expected: float) -> Step:
@@ -394,6 +395,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", choices=("a", "b"))
     parser.add_argument("--seconds", type=float, help="for the whole part; 330 for a, 420 for b by default")
     parser.add_argument("--out", type=Path, help="folder for summary, log and records")
+    parser.add_argument("--steps", nargs="+", help="names of those to run; all by default")
     parser.add_argument("--device", default="cuda", help="cpu tries every command at tiny shapes")
     parser.add_argument("--self-test", action="store_true", help="check limits, kills and records without a GPU")
     args = parser.parse_args(argv)
@@ -417,8 +419,9 @@ def main(argv: list[str] | None = None) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    phases = {"a": part_a, "b": part_b}[args.part]
-    session.run(phases(session.out, args.device))
+    phases = {"a": part_a, "b": part_b}[args.part](session.out, args.device)
+    chosen = [[step for step in steps if args.steps is None or step.name in args.steps] for steps in phases]
+    session.run([steps for steps in chosen if steps])
     print(f"\n{session.finish()}", flush=True)
 
 

@@ -111,7 +111,8 @@ class Verifier:
             return self.target(**inputs, **arguments, return_dict=True)
 
         arguments = None
-        if tree.token_ids.shape[1] > 1 or prefix.valid is not None:  # a bare root is plain decoding
+        # A bare root is plain decoding; recurrent layers run over a tree in a pass of their own.
+        if self.recurrent is None and (tree.token_ids.shape[1] > 1 or prefix.valid is not None):
             arguments = self.by_kernel.arguments(prefix, prefix.length, tree.ancestor_words)
         if arguments is not None:
             with kernel_attention(self.config):
