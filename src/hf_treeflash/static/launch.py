@@ -1,7 +1,7 @@
 """How a round is launched: as it is, with compiled models, or replayed as one CUDA graph."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import CompileConfig, GenerationConfig
@@ -27,6 +27,23 @@ def compile_options(config: CompileConfig) -> dict:
     elif config.backend == "inductor":
         options["mode"] = WITHOUT_GRAPHS.get(config.mode, config.mode)
     return options
+
+
+@contextmanager
+def own_workspaces() -> Iterator[None]:
+    """Let a recording allocate the workspaces of its matrix products itself.
+
+    cuBLAS keeps one per stream, outside of any recording, and inductor frees them all before it records graphs of its
+    own: replays of ours would then write to memory that is no longer theirs.
+    """
+    if not torch.backends.cuda.is_built():  # a stand-in for recordings, in tests
+        yield
+        return
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class Launcher:
@@ -142,6 +159,7 @@ class Launcher:
         # The outer context returns to this stream where a recording breaks off; the stream of torch's own choice stays
         # on the device of the first recording; and other threads may use the device meanwhile.
         with (
+            own_workspaces(),
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"),
         ):
