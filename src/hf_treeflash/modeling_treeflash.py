@@ -226,8 +226,8 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             return rows
         # One row for the anchor, then one per candidate of each further slot: `rows` in all.
         previous = torch.cat([noise_embeds[:, :1], embed(shortlist).flatten(1, 2)], dim=1)
-        following = torch.arange(1, hidden.shape[1], device=hidden.device).repeat_interleave(shortlist.shape[-1])
-        slots = nn.functional.pad(following, (1, 0))  # (rows,)
+        candidates = shortlist.shape[-1]
+        slots = torch.arange(candidates - 1, candidates * (links + 1), device=hidden.device) // candidates  # (rows,)
         token_ids, log_probs = score(hidden, normed, previous, slots)  # (batch, rows, branching)
         return Transitions.conditional(token_ids, log_probs, shortlist)
 

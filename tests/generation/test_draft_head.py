@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_treeflash.draft_head import DraftHead, Float8Rows, float8_copy, narrowed, to_float8, union_of_likely
+from hf_treeflash.draft_head import DraftHead, narrowed, union_of_likely
+from hf_treeflash.float8 import Float8Rows, float8_copy, to_float8
 from hf_treeflash.knobs import DraftingKnobs
 from tests.generation.test_misuse import refuse
 from tests.model.test_modeling import drafting_inputs

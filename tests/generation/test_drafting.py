@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import StoppingCriteriaList
 
-from hf_treeflash import decoding
+from hf_treeflash import decoding, modeling_treeflash
 from hf_treeflash.lookup import PromptLookup, graft
 from hf_treeflash.memory import recall
 from hf_treeflash.sequences import Sequences
@@ -62,8 +62,10 @@ def test_a_grammar_raises_block_efficiency(target, monkeypatch):
 def test_the_draft_follows_the_calls_temperature(target, monkeypatch):
     seen = []
     drafter = with_knobs(tiny_drafter(), draft_temperature=0.5)
-    draft = drafter.draft
-    monkeypatch.setattr(drafter, "draft", lambda *args, **kw: seen.append(kw["temperature"]) or draft(*args, **kw))
+    select = modeling_treeflash.top_log_probs
+    monkeypatch.setattr(
+        modeling_treeflash, "top_log_probs", lambda *args: seen.append(args[2]) or select(*args)
+    )  # logits, how many, temperature
     for settings, expected in (({"do_sample": False}, 0.5), ({"do_sample": True, "temperature": 0.6}, 0.3)):
         seen.clear()
         target.generate(prompt(), assistant_model=drafter, max_new_tokens=4, **settings)
@@ -91,7 +93,8 @@ def test_prompt_lookup_keeps_the_text(target, batch):
 def test_grafted_trees_stay_within_the_budget_and_keep_the_best_of_both():
     from tests.unit.test_tree import random_transitions
 
-    drafted = build_tables(random_transitions(3, depth=5, rows=4, branching=4), torch.tensor([7]), 12)[0]
+    rows = random_transitions(3, depth=5, rows=4, branching=4).rows()
+    (drafted,) = build_tables(rows, torch.tensor([7]), 12)
     chain = [49, 48, drafted.token_ids[1], 47]
     merged = graft(drafted, chain, [0.9] * 4, 12)
     assert len(merged.token_ids) == 12 and merged.token_ids[0] == 7
