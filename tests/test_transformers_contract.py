@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_treeflash.compat import CACHE
 from hf_treeflash.generation import tree_decoding
-from tests.tiny import prompt, tiny_target
+from tests.helpers.tiny import prompt, tiny_target
 
 
 def parameters(function) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.hub.pair_on_disk import CHAT_TEMPLATE, save_pair
+from tests.helpers.pair_on_disk import CHAT_TEMPLATE, save_pair
 
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("rich")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.pair_on_disk import save_pair
+from tests.helpers.pair_on_disk import save_pair
 
 ROOT = Path(__file__).parents[2]
 

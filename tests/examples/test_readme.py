@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_treeflash.knobs import KNOB_DEFAULTS
-from tests.hub.pair_on_disk import CHAT_TEMPLATE, save_pair
+from tests.helpers.pair_on_disk import CHAT_TEMPLATE, save_pair
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hf_treeflash  # noqa: F401
-from tests.tiny import SHAPE, VOCAB, tiny_drafter, with_knobs
+from tests.helpers.tiny import SHAPE, VOCAB, tiny_drafter, with_knobs
 
 TABLE = Path(__file__).with_name("causal_mapping.md")
 SECONDS, LENGTH, NEW = 120, 10, 24

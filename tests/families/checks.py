@@ -3,8 +3,8 @@
 import torch
 
 from hf_treeflash.compat import CACHE
-from tests.quoting import knows
-from tests.tiny import tiny_drafter, with_knobs
+from tests.helpers.quoting import knows
+from tests.helpers.tiny import tiny_drafter, with_knobs
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 

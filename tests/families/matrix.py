@@ -12,7 +12,7 @@ from tests.families.checks import (
 )
 from tests.families.hybrids import FIRST_TURN_ONLY
 from tests.families.models import FAMILIES, REFUSED, Family
-from tests.quoting import quoting_drafter
+from tests.helpers.quoting import quoting_drafter
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"

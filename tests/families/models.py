@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from tests.tiny import SHAPE
+from tests.helpers.tiny import SHAPE
 
 IMAGE, IMAGE_START, IMAGE_END = 20, 22, 23
 BATCH_LENGTH = 16  # longer than the windows below

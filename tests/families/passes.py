@@ -9,8 +9,8 @@ from hf_treeflash.cache import PrefixCache, recording_past
 from hf_treeflash.compat import CACHE
 from hf_treeflash.tree import DraftTree
 from hf_treeflash.verify import Verifier
+from tests.helpers.tiny import VOCAB
 from tests.kernels.trees import ancestor_mask
-from tests.tiny import VOCAB
 
 
 def tree_of(parents: torch.Tensor, anchor_ids: torch.Tensor, generator: torch.Generator) -> DraftTree:

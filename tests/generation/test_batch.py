@@ -9,7 +9,8 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria
 
 from hf_treeflash.decoding import TreeDecoding
 from tests.families.checks import CLOSE, assert_same_cache, check_greedy, ending_at, own_columns
-from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.batches import OwnLimit, padded
+from tests.helpers.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 EOS_STEPS = [2, 9, 17]
 
@@ -27,15 +28,6 @@ def full_target():
 @pytest.fixture
 def drafter():
     return with_knobs(tiny_drafter(), tree_budget=32)
-
-
-def padded(batch: int = 5, length: int = 14, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Return prompts of different lengths, padded on the left."""
-    ids = prompt(length, batch=batch, seed=seed)
-    mask = torch.ones_like(ids)
-    for row in range(batch):
-        mask[row, : 3 * row % (length - 1)] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, 2), "attention_mask": mask}
 
 
 @pytest.mark.parametrize("batch", [2, 3, 8])
@@ -201,16 +193,6 @@ def test_dictionary_outputs_of_unfinished_rows(implementation):
     theirs = target.compute_transition_scores(plain.sequences, plain.scores, **arguments)
     for row, count in enumerate(new_tokens):
         torch.testing.assert_close(ours[row, :count], theirs[row, :count], **CLOSE)
-
-
-class OwnLimit(StoppingCriteria):
-    """A limit for each row, told apart by the row's index."""
-
-    def __init__(self, limits):
-        self.limits = torch.tensor(limits)
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return input_ids.shape[1] >= self.limits
 
 
 class SeenToken(StoppingCriteria):

@@ -12,9 +12,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_treeflash.attention import GROUPED, grouped_sdpa, masked_attention, replaced_attention
 from tests.families.checks import assert_same_cache, check_greedy, drafter_for, own_columns
-from tests.generation.test_batch import padded
-from tests.generation.test_misuse import refuse
-from tests.tiny import prompt, tiny_target
+from tests.helpers.batches import padded
+from tests.helpers.misuse import refuse
+from tests.helpers.tiny import prompt, tiny_target
 
 LAYERS = {
     "full": ["full_attention"] * 4,

@@ -10,9 +10,9 @@ from torch import nn
 from hf_treeflash.draft_head import DraftHead, narrowed, union_of_likely
 from hf_treeflash.float8 import Float8Rows, float8_copy, to_float8
 from hf_treeflash.knobs import DraftingKnobs
-from tests.generation.test_misuse import refuse
-from tests.model.test_modeling import drafting_inputs
-from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.drafting import drafting_inputs
+from tests.helpers.misuse import refuse
+from tests.helpers.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
 
 KNOBS = {
     "float8": {"draft_lm_head": "float8"},

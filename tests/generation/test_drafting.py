@@ -9,7 +9,7 @@ from hf_treeflash.lookup import PromptLookup, graft
 from hf_treeflash.memory import recall
 from hf_treeflash.sequences import Sequences
 from hf_treeflash.tree import build_tables, tree_from_tables
-from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_prompt_lookup_keeps_the_text(target, batch):
 
 
 def test_grafted_trees_stay_within_the_budget_and_keep_the_best_of_both():
-    from tests.unit.test_tree import random_transitions
+    from tests.helpers.drafting import random_transitions
 
     rows = random_transitions(3, depth=5, rows=4, branching=4).rows()
     (drafted,) = build_tables(rows, torch.tensor([7]), 12)

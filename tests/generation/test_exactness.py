@@ -13,7 +13,7 @@ from hf_treeflash.compat import CACHE
 from hf_treeflash.lengths import ENDLESS, Lengths
 from hf_treeflash.memory import forget
 from tests.families.models import FAMILIES
-from tests.tiny import SHAPE, prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.tiny import SHAPE, prompt, tiny_drafter, tiny_target, with_knobs
 
 LONG = {
     "rope_type": "longrope",

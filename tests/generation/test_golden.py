@@ -5,7 +5,7 @@ import torch
 
 from hf_treeflash import decoding
 from tests.golden_small import reference
-from tests.tiny import with_knobs
+from tests.helpers.tiny import with_knobs
 
 KEYS = {
     "official": ("treeflash_acceptance", "first_tree"),

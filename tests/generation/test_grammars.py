@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from hf_treeflash import decoding
-from tests.generation.test_batch import padded
-from tests.tiny import VOCAB, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.batches import padded
+from tests.helpers.tiny import VOCAB, tiny_drafter, tiny_target, with_knobs
 
 
 class Digits(LogitsProcessor):

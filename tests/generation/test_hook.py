@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 
 import hf_treeflash
 from hf_treeflash import decoding, generation
-from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.distribution import check_distribution, text_distribution
-from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.distribution import check_distribution, text_distribution
+from tests.helpers.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 SAMPLERS = {
     "temperature": {"temperature": 0.7},
@@ -72,13 +72,13 @@ def test_sampled_texts_have_the_targets_law(batch, samples, length):
 
 
 def test_node_logits_equal_their_path_run_alone(targets):
-    """Invariant 5: what a node's row of logits says is what the target says after that path."""
+    """What a node's row of logits says is what the target says after that path alone."""
     from transformers import DynamicCache
 
     from hf_treeflash.cache import PrefixCache, recording_past
     from hf_treeflash.tree import build_tree
     from hf_treeflash.verify import Verifier
-    from tests.unit.test_tree import random_transitions
+    from tests.helpers.drafting import random_transitions
 
     for family in ("qwen3", "qwen3_sliding", "mistral"):
         target = tiny_target(family)
@@ -100,7 +100,7 @@ def test_node_logits_equal_their_path_run_alone(targets):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_sliding", "mistral"])
 def test_cache_after_the_call_equals_a_plain_forwards(family):
-    """Invariant 6, below and beyond the window."""
+    """After a commit the cache is that of a plain forward over the committed tokens, below and beyond the window."""
     target, drafter = tiny_target(family), with_knobs(tiny_drafter(), tree_budget=24)
     for new_tokens in (4, 30):
         settings = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None}

@@ -10,8 +10,8 @@ from transformers import CompileConfig, DynamicCache, StoppingCriteria
 import hf_treeflash
 from hf_treeflash import memory
 from hf_treeflash.memory import forget, recall, remember, take
-from tests.generation.test_batch import padded
-from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.batches import padded
+from tests.helpers.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 GREEDY = {"do_sample": False, "max_new_tokens": 14, "eos_token_id": None, "return_dict_in_generate": True}
 

@@ -5,9 +5,9 @@ import torch
 
 from hf_treeflash.kernels import attention_interface
 from tests.generation.launches import Round, as_on_cuda
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.tiny import prompt, tiny_target
 from tests.static.calls import drafter_of, plainly
-from tests.tiny import prompt, tiny_target
 
 LAYERS_OF_A_STORAGE = 8
 

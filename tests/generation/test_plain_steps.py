@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 from hf_treeflash.effects import changes_nothing
-from tests.generation.test_batch import padded
-from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.batches import padded
+from tests.helpers.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
 

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from tests.families.checks import check_greedy, check_sampling
-from tests.generation.test_batch import padded
-from tests.tiny import VOCAB, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.batches import padded
+from tests.helpers.tiny import VOCAB, tiny_drafter, tiny_target, with_knobs
 
 
 def allowed_by_row(row: int, ids: torch.Tensor) -> list[int]:

@@ -4,8 +4,8 @@ import pytest
 from transformers import TorchAoConfig
 
 from tests.families.checks import check_greedy, check_sampling
-from tests.generation.test_batch import padded
-from tests.tiny import tiny_drafter, tiny_target, with_knobs
+from tests.helpers.batches import padded
+from tests.helpers.tiny import tiny_drafter, tiny_target, with_knobs
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from transformers import DynamicCache
 
 from hf_treeflash.choice import Uploaded
 from tests.families.checks import assert_same_cache, drafter_for, ending_at, own_columns
-from tests.generation.test_batch import OwnLimit, padded
-from tests.tiny import tiny_target
+from tests.helpers.batches import OwnLimit, padded
+from tests.helpers.tiny import tiny_target
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_sliding", "mistral"])

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_treeflash import storage
 from hf_treeflash.choice import Choice
 from tests.families.checks import assert_same_cache, drafter_for, own_columns
-from tests.tiny import prompt, tiny_target
+from tests.helpers.tiny import prompt, tiny_target
 
 SETTINGS = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "return_dict_in_generate": True}
 

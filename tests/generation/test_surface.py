@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 
 @pytest.fixture(scope="module")

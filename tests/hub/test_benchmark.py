@@ -17,8 +17,8 @@ from hf_treeflash.bench.compare import (
     tree_arm,
 )
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, revision_of, with_knobs, without_head
-from tests.hub.pair_on_disk import CHAT_TEMPLATE, letter_tokenizer
-from tests.tiny import prompt, tiny_drafter, tiny_target
+from tests.helpers.pair_on_disk import CHAT_TEMPLATE, letter_tokenizer
+from tests.helpers.tiny import prompt, tiny_drafter, tiny_target
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from hf_treeflash.bench.compare import compare, standard_arms
 from hf_treeflash.bench.pairs import describe_pair
 from hf_treeflash.hub import export_drafter, export_speculators
 from hf_treeflash.hub.scan import check_file
-from tests.hub.pair_on_disk import letter_tokenizer
-from tests.tiny import prompt, tiny_drafter, tiny_target
+from tests.helpers.pair_on_disk import letter_tokenizer
+from tests.helpers.tiny import prompt, tiny_drafter, tiny_target
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors"]
 PACKAGE = Path(hf_treeflash.__file__).parent

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 
 from hf_treeflash.hub import export_drafter, export_speculators, push
 from hf_treeflash.hub.folder import MANIFEST
-from tests.hub.test_card import make_evaluation
-from tests.tiny import tiny_drafter, tiny_target
+from tests.helpers.evaluations import make_evaluation
+from tests.helpers.tiny import tiny_drafter, tiny_target
 
 SECRET = "hf_" + "a1B2" * 9
 

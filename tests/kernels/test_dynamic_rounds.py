@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.generation.launches import as_on_cuda
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.tiny import tiny_target
 from tests.static.calls import drafter_of, plainly
-from tests.tiny import tiny_target
 
 
 @pytest.mark.parametrize("batch", [1, 2])

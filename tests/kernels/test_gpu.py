@@ -19,8 +19,7 @@ from hf_treeflash.kernels import (
     tree_attention_reference,
 )
 
-from .test_build_tree import make_transitions
-from .trees import random_words
+from .trees import make_transitions, random_words
 
 pytestmark = [
     pytest.mark.gpu,

@@ -30,3 +30,22 @@ def ancestor_mask(parents: torch.Tensor) -> torch.Tensor:
 
 def random_words(batch: int, nodes: int, generator: torch.Generator) -> torch.Tensor:
     return pack_ancestor_words(ancestor_mask(random_parents(batch, nodes, generator)))
+
+
+def make_transitions(batch: int, levels: int, rows: int, branching: int, kind: str, seed: int) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, levels, rows, branching)
+    logits = torch.randn(*shape[:-1], branching + 4, generator=generator) * 3
+    log_probs = logits.log_softmax(-1).sort(-1, descending=True).values[..., :branching].contiguous()
+    if kind == "ties":
+        log_probs = (log_probs * 2).round() / 2
+    elif kind == "certain":  # children as likely as their parents
+        log_probs[..., 0] = 0.0
+        log_probs[..., 1:] = log_probs[..., 1:].round()
+    elif kind == "masked":
+        length = torch.randint(0, branching + 1, shape[:-1], generator=generator).unsqueeze(-1)
+        log_probs = log_probs.masked_fill(torch.arange(branching) >= length, float("-inf"))
+        log_probs[:, 0, 0, -1] = float("nan")
+    token_ids = torch.rand(*shape[:-1], 50, generator=generator).argsort(-1)[..., :branching].contiguous()
+    next_row = torch.randint(-1, rows, shape, generator=generator)
+    return token_ids, log_probs, next_row

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.tiny import VOCAB
+from tests.helpers.tiny import VOCAB
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 48, 4, 2, 8, 2
 TAPS, BLOCK, MASK = [0, 2], 5, 3

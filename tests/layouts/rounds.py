@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from hf_treeflash import TreeFlashDraftModel
 from tests.families.models import FAMILIES
-from tests.tiny import VOCAB, prompt, tiny_target, with_knobs
+from tests.helpers.tiny import VOCAB, prompt, tiny_target, with_knobs
 
 BY_NAME = {family.name: family for family in FAMILIES}
 

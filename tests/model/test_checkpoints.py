@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_treeflash import TreeFlashDraftModel
-from tests.tiny import tiny_drafter
+from tests.helpers.tiny import tiny_drafter
 
 
 def dflash_config(config, **extra):

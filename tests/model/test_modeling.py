@@ -8,13 +8,8 @@ from hf_treeflash import TreeFlashConfig
 from hf_treeflash.compat import CACHE
 from hf_treeflash.knobs import DraftingKnobs
 from hf_treeflash.tree import build_tree
-from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target
-
-
-def drafting_inputs(drafter, target, length=6, batch=1):
-    context = torch.randn(batch, length, 2 * 32, generator=torch.Generator().manual_seed(3))
-    anchors = torch.arange(4, 4 + batch)
-    return (anchors, context, target.get_input_embeddings(), target.get_output_embeddings())
+from tests.helpers.drafting import drafting_inputs
+from tests.helpers.tiny import VOCAB, prompt, tiny_drafter, tiny_target
 
 
 def test_config_round_trips_and_checks_itself(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, strategies
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tests.families.models import FAMILIES
-from tests.tiny import tiny_drafter, with_knobs
+from tests.helpers.tiny import tiny_drafter, with_knobs
 
 CASES = int(os.environ.get("HF_TREEFLASH_CASES", 0))
 SEED = int(os.environ.get("HF_TREEFLASH_SEED", random.SystemRandom().randrange(2**32)))

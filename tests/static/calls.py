@@ -3,7 +3,7 @@
 import torch
 
 from hf_treeflash import TreeFlashCandidateGenerator, memory
-from tests.tiny import prompt, tiny_drafter, with_knobs
+from tests.helpers.tiny import prompt, tiny_drafter, with_knobs
 
 GREEDY = {"do_sample": False, "max_new_tokens": 25, "eos_token_id": None}
 

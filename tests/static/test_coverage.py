@@ -7,9 +7,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tests.families.models import FAMILIES
-from tests.generation.test_misuse import refuse
+from tests.helpers.misuse import refuse
+from tests.helpers.tiny import prompt, tiny_target, with_knobs
 from tests.static.calls import GREEDY, drafter_of, generate, plainly
-from tests.tiny import prompt, tiny_target, with_knobs
 
 BY_NAME = {family.name: family for family in FAMILIES}
 

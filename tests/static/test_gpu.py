@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.tiny import tiny_target
 from tests.static.calls import drafter_of, generate, plainly, running, the_session
-from tests.tiny import tiny_target
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,9 +3,9 @@
 import pytest
 
 from hf_treeflash import kernels
+from tests.helpers.tiny import tiny_target
 from tests.static.calls import drafter_of, generate, running
 from tests.static.launches import launches_of_a_round
-from tests.tiny import tiny_target
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from transformers import CompileConfig
 
 from hf_treeflash import kernels
 from hf_treeflash.static.sessions import round_up
+from tests.helpers.tiny import prompt, tiny_target
 from tests.static.calls import drafter_of, generate, plainly, the_session
-from tests.tiny import prompt, tiny_target
 
 LONGEST = 5000
 

@@ -12,9 +12,9 @@ from transformers import CompileConfig, DynamicCache
 from hf_treeflash import kernels
 from hf_treeflash.static import decoding
 from tests.families.checks import ending_at
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.tiny import prompt, tiny_target
 from tests.static.calls import drafter_of, generate, plainly, running, sessions, the_session
-from tests.tiny import prompt, tiny_target
 
 
 @pytest.fixture(scope="module")

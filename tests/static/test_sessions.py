@@ -9,9 +9,9 @@ import torch
 import hf_treeflash
 from hf_treeflash.memory import recall
 from hf_treeflash.static.round import StaticRound
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.tiny import prompt, tiny_target, with_knobs
 from tests.static.calls import drafter_of, generate, plainly, sessions, the_session
-from tests.tiny import prompt, tiny_target, with_knobs
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import TextStreamer
 
-from tests.distribution import check_distribution, text_distribution
 from tests.families.checks import ending_at
 from tests.families.models import FAMILIES
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.distribution import check_distribution, text_distribution
+from tests.helpers.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 from tests.static.calls import drafter_of, generate, plainly, sessions, the_session
-from tests.tiny import prompt, tiny_drafter, tiny_target, with_knobs
 
 BY_NAME = {family.name: family for family in FAMILIES}
 

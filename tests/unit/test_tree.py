@@ -8,22 +8,7 @@ import torch
 from hf_treeflash import tree as tree_module
 from hf_treeflash.transitions import NextTokens, Transitions
 from hf_treeflash.tree import build_on_device, build_tables, build_tree
-
-
-def random_transitions(seed, depth=4, rows=3, branching=3, batch=1, quantised=False, holes=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, depth, rows, branching)
-    log_probs = torch.log_softmax(torch.randn(*shape, generator=generator) * 2, dim=-1)
-    if quantised:  # dyadic values add up exactly, so ties are real ties
-        log_probs = (log_probs * 2).round() / 2
-    log_probs = log_probs.sort(dim=-1, descending=True).values
-    if holes:
-        log_probs[torch.rand(*shape, generator=generator) < holes] = float("-inf")
-        log_probs = log_probs.sort(dim=-1, descending=True).values
-    token_ids = torch.stack([torch.randperm(50, generator=generator)[:branching] for _ in range(batch * depth * rows)])
-    next_row = torch.randint(-1, rows, shape, generator=generator)
-    next_row[:, -1] = -1
-    return Transitions(token_ids.view(shape), log_probs, next_row)
+from tests.helpers.drafting import random_transitions
 
 
 def every_node(transitions, row):

@@ -9,9 +9,9 @@ from transformers import DynamicCache
 
 from hf_treeflash.cache import PrefixCache
 from hf_treeflash.rows import Rows
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.tiny import tiny_target
 from tests.static.calls import drafter_of, generate
-from tests.tiny import tiny_target
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,7 @@ import math
 import torch
 
 from hf_treeflash.transitions import NextTokens
-from tests.tiny import VOCAB, tiny_drafter, with_knobs
+from tests.helpers.tiny import VOCAB, tiny_drafter, with_knobs
 
 
 class Quotes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import VOCAB, tiny_drafter, tiny_target
+from tests.helpers.tiny import VOCAB, tiny_drafter, tiny_target
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ 't' if enable_thinking else '' }}"
 
