@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+from .states import STATEFUL
+
 
 def recurrent_layers(config) -> ModuleType | None:
     """Return how recurrent layers run over trees; None for a model without any.
@@ -14,7 +16,7 @@ def recurrent_layers(config) -> ModuleType | None:
     Raises:
         ValueError: If only the files of a repository are at hand.
     """
-    if not {"linear_attention", "conv", "hybrid"}.intersection(getattr(config, "layer_types", None) or ()):
+    if not STATEFUL.intersection(getattr(config, "layer_types", None) or ()):
         return None
     try:
         return importlib.import_module("hf_treeflash.recurrent")

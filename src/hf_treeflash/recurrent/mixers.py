@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..states import STATEFUL
 from ..taps import decoder_layers
 from .tree_pass import dispatcher
 from .walkers import OVER_TREES
-
-KINDS = {"linear_attention", "conv", "hybrid"}  # layer types with a state
 
 
 @functools.cache
@@ -40,7 +39,7 @@ def check_mixers(target) -> None:
     for place, (kind, layer) in enumerate(zip(kinds, decoder_layers(target) or (), strict=True)):
         mixers = mixers_of(layer)
         name = f"Layer {place} of {type(target).__name__}, a {kind!r} layer"
-        if kind in KINDS and not mixers:
+        if kind in STATEFUL and not mixers:
             raise ValueError(
                 f"{name} ({type(layer).__name__}), keeps a state in a way that is not known here, so that the "
                 "rejected tokens of a tree could not be kept out of it; generate without a drafter."
