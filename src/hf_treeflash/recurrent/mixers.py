@@ -57,6 +57,25 @@ def check_mixers(target) -> None:
                 )
 
 
+def check_going_on(target) -> None:
+    """Refuse to read several tokens behind a cache where transformers starts from an empty state.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            One that [`check_mixers`] lets pass.
+
+    Raises:
+        ValueError: Naming the layer and what to do.
+    """
+    for mixer in mixers_of(target):
+        if "mamba_selective_scan" in walked_by(type(mixer).forward):
+            raise ValueError(
+                f"{type(target).__name__} cannot go on from a cache: its Mamba-1 layers ({type(mixer).__name__}) read "
+                "a prompt from an empty state whatever the cache holds, in transformers already. Leave the cache out "
+                "and pass the whole text."
+            )
+
+
 def _runs_its_own_forward(module: nn.Module) -> bool:
     forward = getattr(module, "_old_forward", module.forward)  # where accelerate keeps it
     return getattr(forward, "__func__", None) is type(module).forward
@@ -80,4 +99,4 @@ def install(target) -> None:
                 setattr(module, name, dispatcher(function, OVER_TREES[name]))
 
 
-__all__ = ["check_mixers", "install", "mixers_of"]
+__all__ = ["check_going_on", "check_mixers", "install", "mixers_of"]

@@ -30,6 +30,8 @@ def is_left_padded(valid: torch.Tensor | None) -> bool:
 
 def _uncovered(decoding: TreeDecoding, state: RoundState) -> Iterator[str]:
     config, target = decoding.generation_config, decoding.target
+    if decoding.verifier.recurrent is not None:
+        yield "recurrent layers"
     if decoding.auto is not None:
         yield "`tree_budget='auto'`"
     if decoding.lookup is not None:
