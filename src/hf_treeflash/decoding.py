@@ -13,6 +13,7 @@ from .compat import CACHE
 from .context import Context, remember_context, take_context
 from .draft_head import OutputScale
 from .exactness import Exactness
+from .hybrids import check_rewinds
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
@@ -139,12 +140,8 @@ class TreeDecoding:
         """
         kwargs = self.model_kwargs
         outlives = self.generation_config.return_dict_in_generate or getattr(kwargs[CACHE], "_is_user_defined", False)
-        if outlives and self.sequences.may_overrun and self.verifier.recurrent is not None:
-            raise ValueError(
-                "A batch of a target with recurrent layers cannot give its cache back here: without an end-of-text "
-                "token all rows end together, those that were drafted further are cut back, and a recurrent state "
-                f"cannot be. Set `eos_token_id`, or leave `return_dict_in_generate` and `{CACHE}` out."
-            )
+        if outlives and self.sequences.may_overrun:
+            check_rewinds(self.target)
         earlier = take_context(kwargs[CACHE], self.drafter, self.input_ids)
         outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs | taps.model_kwargs)
         self.recorder.prefill(outputs)

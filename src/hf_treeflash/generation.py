@@ -10,10 +10,9 @@ from transformers.utils import logging
 from .cache import check_restorable
 from .compat import CACHE
 from .decoding import TreeDecoding
-from .hybrids import recurrent_layers
 from .lengths import Lengths
 from .outputs import TreeFlashGenerateOutput
-from .validation import check_call, check_chain, check_prompt
+from .validation import check_batch, check_call, check_chain, check_prompt
 
 logger = logging.get_logger(__name__)
 
@@ -39,9 +38,7 @@ def tree_decoding(
     """
     check_restorable(model_kwargs.get(CACHE))
     check_prompt(input_ids, generation_config, model_kwargs)
-    recurrent = recurrent_layers(target.config.get_text_config(decoder=True))
-    if recurrent is not None and model_kwargs[CACHE].get_seq_length() > 0:
-        recurrent.check_going_on(target)
+    check_batch(target, input_ids, model_kwargs[CACHE])
     if meets_switch(target, input_ids, generation_config, model_kwargs):
         return plain_decoding(
             target, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs

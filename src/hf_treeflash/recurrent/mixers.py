@@ -50,6 +50,11 @@ def check_mixers(target) -> None:
                     f"{name}, is remote code ({type(mixer).__name__}), which may differ from the layers known here; "
                     "load the model with `trust_remote_code=False` if transformers has it."
                 )
+            if "mamba_selective_scan" in walked_by(type(mixer).forward) and hasattr(mixer, "n_mamba_heads"):
+                raise ValueError(
+                    f"{name}, splits its channels into heads with a state each ({type(mixer).__name__}), which is not "
+                    "known here; generate without a drafter."
+                )
             if not _runs_its_own_forward(mixer):
                 raise ValueError(
                     f"{name}, is replaced as a whole by a kernel ({type(mixer).__name__}), which knows no trees; load "
