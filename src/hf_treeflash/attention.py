@@ -19,8 +19,12 @@ from .tree import DraftTree
 logger = logging.get_logger(__name__)
 
 
+class Chunk(int):
+    """A window of so many tokens that does not slide: a token sees what stands before it in its own chunk."""
+
+
 def attention_windows(config) -> dict[str | None, int | None]:
-    """Return the sliding window of each kind of layer (None: full attention), keyed as the model wants its masks.
+    """Return the window of each kind of layer (None: full attention), keyed as the model wants its masks.
 
     Models with several kinds of attention take one mask per kind; the others take a single mask, keyed None here.
     """
@@ -28,10 +32,13 @@ def attention_windows(config) -> dict[str | None, int | None]:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         return {None: window}
-    kinds = [kind for kind in dict.fromkeys(layer_types) if kind in ("full_attention", "sliding_attention")]
-    if len(kinds) < len(set(layer_types)) and "sliding_attention" not in kinds:
+    windows: dict[str | None, int | None] = {"full_attention": None, "sliding_attention": window}
+    if "chunked_attention" in layer_types:
+        windows["chunked_attention"] = Chunk(config.attention_chunk_size)
+    windows = {kind: windows[kind] for kind in dict.fromkeys(layer_types) if kind in windows}
+    if len(windows) < len(set(layer_types)) and not any(windows.values()):
         return {None: None}  # hybrids name their masks in many ways, but all take a single one
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+    return windows
 
 
 def within(queries: torch.Tensor, keys: torch.Tensor, reach: int) -> torch.Tensor:
@@ -60,7 +67,7 @@ def seen_by_nodes(tree: DraftTree, prefix: PrefixCache, columns: int, window: in
         columns (`int`):
             Columns of the prefix that the layer holds.
         window (`int`, *optional*):
-            Tokens that a node sees at most, itself included; None for full attention.
+            Tokens that a node sees at most, itself included, or a [`Chunk`]; None for full attention.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, 1, nodes, columns + nodes)`.
@@ -70,7 +77,12 @@ def seen_by_nodes(tree: DraftTree, prefix: PrefixCache, columns: int, window: in
     seen = torch.cat([before, nodes], dim=2)  # (batch, nodes, columns + nodes)
     if window is not None:
         places = torch.arange(-columns, 0, device=nodes.device).expand(len(nodes), -1)  # (batch, columns)
-        seen = seen & within(tree.depths, torch.cat([places, tree.depths], dim=1), window - 1)
+        places = torch.cat([places, tree.depths], dim=1)  # (batch, columns + nodes)
+        if isinstance(window, Chunk):
+            chunks = (places + prefix.begun(nodes.device)) // window
+            seen = seen & (chunks[:, columns:, None] == chunks[:, None])  # (batch, nodes, columns + nodes)
+        else:
+            seen = seen & within(tree.depths, places, window - 1)
     return seen[:, None]
 
 

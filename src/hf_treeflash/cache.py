@@ -161,6 +161,12 @@ class PrefixCache:
             return torch.ones(1, columns, dtype=torch.bool, device=device)
         return self.valid[:, self.length - columns :].to(device)
 
+    def begun(self, device: torch.device) -> torch.Tensor:
+        """Return how many columns each row has, padding on its left aside; int64, `(batch or 1, 1)`."""
+        if self.valid is None:
+            return torch.tensor([[self.length]], device=device)
+        return self.length - self.valid.to(device, torch.int8).argmax(dim=1, keepdim=True)  # the first that is valid
+
     def commit(self, paths: list[list[int]], tail: int, tail_valid: torch.Tensor | None = None) -> None:
         """Keep each row's path of the tail behind its prefix and drop every other tail column.
 

@@ -14,6 +14,7 @@ from .compat import CACHE
 from .context import Context, remember_context, take_context
 from .draft_head import OutputScale
 from .exactness import Exactness
+from .hybrids import check_rewinds
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
@@ -139,16 +140,18 @@ class TreeDecoding:
                 Where the pass leaves the states that the drafter reads.
         """
         kwargs = self.model_kwargs
+        outlives = self.generation_config.return_dict_in_generate or getattr(kwargs[CACHE], "_is_user_defined", False)
+        if outlives and self.sequences.may_overrun:
+            check_rewinds(self.target)
         earlier = take_context(kwargs[CACHE], self.drafter, self.input_ids)
         outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs | taps.model_kwargs)
         self.recorder.prefill(outputs)
         cache, mask, batch = outputs[CACHE], kwargs.get("attention_mask"), len(self.input_ids)
-        outlives = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         prefix = PrefixCache(
             cache,
             None if mask is None else mask.bool(),
             Rows(batch) if outlives else None,
-            rewinds=batch > 1 and not self.sequences.pads,
+            rewinds=self.sequences.may_overrun,
         )
         state = RoundState.after_prompt(self.input_ids, mask, kwargs["position_ids"], prefix, taps.take(outputs), taps)
         if earlier is not None:

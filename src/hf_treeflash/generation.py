@@ -12,7 +12,7 @@ from .compat import CACHE
 from .decoding import TreeDecoding
 from .lengths import Lengths
 from .outputs import TreeFlashGenerateOutput
-from .validation import check_call, check_chain, check_prompt
+from .validation import check_batch, check_call, check_chain, check_prompt
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +38,7 @@ def tree_decoding(
     """
     check_restorable(model_kwargs.get(CACHE))
     check_prompt(input_ids, generation_config, model_kwargs)
+    check_batch(target, input_ids, model_kwargs[CACHE])
     if meets_switch(target, input_ids, generation_config, model_kwargs):
         return plain_decoding(
             target, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs

@@ -71,6 +71,11 @@ class Sequences:
         return len(self._ended) == len(self.lengths) and length + 1 >= self.final_length
 
     @property
+    def may_overrun(self) -> bool:
+        """Whether rows can be written beyond where all end: one then has met a criterion for all of them earlier."""
+        return len(self.lengths) > 1 and not self.pads and bool(self._criteria)
+
+    @property
     def final_length(self) -> int:
         """Length of the longest text, once every row has ended."""
         return max(self._ended.values())

@@ -7,6 +7,8 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from .choice import Choice, Uploaded, columns_at
 
+STATEFUL = {"linear_attention", "conv", "hybrid"}  # kinds of layers that keep one, as configs call them
+
 
 class Terms(Protocol):
     """What the nodes of a pass add to one layer's state, kept until it is known which of them are accepted."""
@@ -91,4 +93,4 @@ class State(PerRow):
         self.terms = None
 
 
-__all__ = ["Reached", "State", "Terms"]
+__all__ = ["STATEFUL", "Reached", "State", "Terms"]

@@ -3,18 +3,15 @@
 import inspect
 
 import torch
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 from transformers.generation import GenerationMode
 
 from .compat import CACHE
 from .draft_head import check_head, home_of
-from .hybrids import recurrent_layers
+from .hybrids import check_layers, recurrent_layers
 from .knobs import DraftingKnobs
 from .protocols import Drafter, Target
 from .taps import decoder_layers
-
-# Experts and MLPs alone, as some hybrids have them, keep nothing of a text.
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "moe", "mlp"}
 
 
 def check_drafter(drafter: Drafter) -> None:
@@ -97,16 +94,7 @@ def check_target(target: Target) -> None:
             f"{type(target).__name__} is an encoder-decoder model; a TreeFlash drafter needs a decoder-only target."
         )
     config = target.config.get_text_config(decoder=True)
-    odd = [kind for kind in getattr(config, "layer_types", None) or () if kind not in SUPPORTED_LAYERS]
-    if odd:
-        raise ValueError(
-            f"{type(target).__name__} has {odd[0]!r} layers, which cannot take the rejected tokens of a tree back. "
-            "Targets whose layers all use full or sliding-window attention work."
-        )
-    if (recurrent := recurrent_layers(config)) is not None:
-        recurrent.check_mixers(target)
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise ValueError(f"{type(target).__name__} uses chunked attention, which a tree does not fit into.")
+    check_layers(target, config)
     if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":
         raise ValueError(
             f"{type(target).__name__} keeps only the last loop's keys and values (`recurrent_kv_cache_mode`), which "
@@ -148,6 +136,31 @@ def check_adapters(target) -> None:
                 f"The adapter {name!r} is an activated LoRA (`alora_invocation_tokens`), which counts its tokens from "
                 "the end of a pass; the nodes of a tree do not stand in the order of the text. Merge or disable it."
             )
+
+
+def check_batch(target: Target, input_ids: torch.Tensor, cache: Cache) -> None:
+    """Refuse prompts that a target cannot read in trees' company, though it can read others.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The target.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`):
+            The prompts.
+        cache ([`Cache`]):
+            What it goes on from, empty at the beginning of a conversation.
+
+    Raises:
+        ValueError: Naming the field or the layer, and what works.
+    """
+    config = target.config.get_text_config(decoder=True)
+    if len(input_ids) > 1 and getattr(config, "attn_temperature_tuning", False):
+        raise ValueError(
+            f"{type(target).__name__} scales queries by their column (`attn_temperature_tuning`), and rows of a batch "
+            "that accept drafts at their own pace stand in other columns than in plain decoding. Pass one prompt at a "
+            "time, or turn the tuning off where the texts are short."
+        )
+    if (recurrent := recurrent_layers(config)) is not None and cache.get_seq_length() > 0:
+        recurrent.check_going_on(target)
 
 
 def check_prompt(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict) -> None:
@@ -223,4 +236,4 @@ def check_call(
         raise ValueError("A TreeFlash drafter shares the target's vocabulary; leave out `assistant_tokenizer`.")
 
 
-__all__ = ["check_call", "check_chain", "check_prompt"]
+__all__ = ["check_batch", "check_call", "check_chain", "check_prompt"]

@@ -83,12 +83,12 @@ def check_sampling(target, drafter, inputs: dict, seeds=range(3), **settings) ->
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def check_rows_alone(target, drafter, inputs: dict, eos_token_id: list[int]) -> None:
+def check_rows_alone(target, drafter, inputs: dict, **settings) -> None:
     """Compare what rows that ended early left in their states with the rows alone, their last token read.
 
     In a plain batch such rows read padding tokens until the others end, and a state cannot forget them.
     """
-    settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": eos_token_id}
+    settings = {"do_sample": False, "max_new_tokens": 24, **settings}
     plain = target.generate(**inputs, **settings)
     knows(drafter, plain, inputs["attention_mask"])
     cache = target.generate(**inputs, assistant_model=drafter, **settings, return_dict_in_generate=True)[CACHE]

@@ -10,13 +10,13 @@ from tests.families.checks import (
     drafter_for,
     ending_at,
 )
-from tests.families.hybrids import FIRST_TURN_ONLY
-from tests.families.models import FAMILIES, REFUSED, Family
+from tests.families.hybrids import FIRST_TURN_ONLY, HYBRIDS, REFUSED
+from tests.families.models import FAMILIES, Family
 from tests.helpers.quoting import quoting_drafter
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
-HEADER = "| target | layers | greedy | batch | sampling | cache |\n| --- | --- | --- | --- | --- | --- |"
+HEADER = "| target | layers | greedy | batch | sampling | cache | second turn |\n" + "| --- " * 7 + "|"
 # Placeholders for images are no text, so no model may write them.
 SETTINGS = {"suppress_tokens": [20, 21, 22, 23]}
 
@@ -30,21 +30,24 @@ def check_family(family: Family, head: bool) -> None:
     check_greedy(target, drafter, batch, **SETTINGS)
     check_greedy(target, drafter, batch, **SETTINGS, eos_token_id=ending_at(target, batch, [2, 9]))
     check_sampling(target, drafter, family.inputs(seed=2), **SETTINGS)
+    if family.vision is None:
+        check_second_turn(target, drafter, family.inputs(seed=4))
 
 
 def check_hybrid(family: Family) -> None:
     """Check one family with recurrent layers, with a drafter whose drafts are accepted."""
     target, drafter = family.build(), quoting_drafter()
     for inputs in (family.inputs(), family.inputs(3, seed=1)):
-        output = check_greedy(target, drafter, inputs)
+        output = check_greedy(target, drafter, inputs, **SETTINGS)
         assert output.block_efficiency > 2
     batch = family.inputs(3, seed=1)
     ends = ending_at(target, batch, [2, 9])
-    check_greedy(target, drafter, batch, eos_token_id=ends)
-    check_rows_alone(target, drafter, batch, ends)
-    check_sampling(target, drafter, family.inputs(seed=2))
-    if family.name not in FIRST_TURN_ONLY:
-        check_second_turn(target, drafter, family.inputs(seed=4))
+    check_greedy(target, drafter, batch, eos_token_id=ends, **SETTINGS)
+    check_sampling(target, drafter, family.inputs(seed=2), **SETTINGS)
+    if family.vision is None:
+        check_rows_alone(target, drafter, batch, eos_token_id=ends, **SETTINGS)
+        if family.name not in FIRST_TURN_ONLY:
+            check_second_turn(target, drafter, family.inputs(seed=4), **SETTINGS)
 
 
 def refusal(family: Family) -> str:
@@ -58,13 +61,14 @@ def refusal(family: Family) -> str:
 
 
 def supported_row(family: Family) -> str:
-    """Return the line of a family that passed [`check_family`]."""
-    return f"| {family.name} | {family.note} | yes | yes | same seed, same text | equal |"
+    """Return the line of a family that passed [`check_family`] or [`check_hybrid`]."""
+    turn = "not run" if family.vision else "refused" if family.name in FIRST_TURN_ONLY else "yes"
+    return f"| {family.name} | {family.note} | yes | yes | same seed, same text | equal | {turn} |"
 
 
-def refused_row(family: Family, layer_type: str) -> str:
-    """Return the line of a family whose refusal names `layer_type`."""
-    return f"| {family.name} | {family.note} | refused: `{layer_type}` | | | |"
+def refused_row(family: Family, reason: str) -> str:
+    """Return the line of a family that is refused for a reason."""
+    return f"| {family.name} | {family.note} | refused: {reason} | | | | |"
 
 
 def render_matrix() -> str:
@@ -74,9 +78,12 @@ def render_matrix() -> str:
         for head in (True, False):
             check_family(family, head)
         rows.append(supported_row(family))
-    for family, layer_type in REFUSED:
-        assert repr(layer_type) in refusal(family)
-        rows.append(refused_row(family, layer_type))
+    for family in HYBRIDS:
+        check_hybrid(family)
+        rows.append(supported_row(family))
+    for family, reason in REFUSED:
+        assert reason in refusal(family)
+        rows.append(refused_row(family, reason))
     return "\n".join(rows)
 
 

@@ -31,6 +31,11 @@ class Family:
     model: str | None = None
     vision: dict | None = None
 
+    @property
+    def exists(self) -> bool:
+        """Whether this release of transformers has it."""
+        return hasattr(transformers, self.config)
+
     def build(self, seed: int = 0, **overrides):
         """Return an untrained fp32 target in evaluation mode."""
         shape = {**SHAPE, **self.extra, **overrides}
@@ -160,47 +165,15 @@ FAMILIES = [
             "typed": False,
         },
     ),
-]
-
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-
-# Families that are refused, with the word of the message that names the reason.
-REFUSED: list[tuple[Family, str]] = [
-    (
-        Family(
-            "Qwen3-Next",
-            "Qwen3NextConfig",
-            {**MOE, **LINEAR, "shared_expert_intermediate_size": 16},
-            "recurrent and full",
-        ),
-        "linear_attention",
-    ),
-    (
-        Family(
-            "Jamba",
-            "JambaConfig",
-            {"num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2} | {"attn_layer_offset": 1},
-            "recurrent and full",
-        ),
-        "linear_attention",
-    ),
-    (
-        Family(
-            "Bamba",
-            "BambaConfig",
-            {"attn_layer_indices": [1], "mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 16},
-            "recurrent and full",
-        ),
-        "linear_attention",
-    ),
-    (Family("Mamba", "MambaConfig", {"state_size": 4}, "recurrent"), "linear_attention"),
-    (
-        Family(
-            "Llama 4",
-            "Llama4TextConfig",
-            {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
-            "chunked",
-        ),
-        "chunked_attention",
+    Family(
+        "Llama 4",
+        "Llama4TextConfig",
+        {
+            "attention_chunk_size": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+            "attn_temperature_tuning": False,
+        },
+        "chunked, and full without positions; batches without temperature tuning only",
     ),
 ]

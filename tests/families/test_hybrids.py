@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tests.families.hybrids import HYBRIDS
+from tests.families import hybrids
 from tests.families.matrix import check_hybrid
 from tests.families.passes import leaves, prefilled, step_logits, tree_logits, tree_of
 from tests.recurrent.trees import shaped_tree
 
-BY_NAME = {family.name: family for family in HYBRIDS}
+HYBRIDS = [family for family in hybrids.HYBRIDS if family.exists]
 TREES = [("chain", 16), ("comb", 15), ("random", 24)]
 
 

@@ -1,13 +1,16 @@
 """Every family of the support matrix behaves as plain `generate`, and the README says what was seen."""
 
+import re
+
 import pytest
 import torch
 from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
 from hf_treeflash import TreeFlashDraftModel
 from tests.families.checks import check_greedy, drafter_for
+from tests.families.hybrids import HYBRIDS, REFUSED
 from tests.families.matrix import HEADER, check_family, readme_matrix, refusal, refused_row, supported_row
-from tests.families.models import FAMILIES, REFUSED
+from tests.families.models import FAMILIES
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -18,16 +21,17 @@ def test_text_seed_and_cache_are_those_of_plain_generate(family, head):
     check_family(family, head)
 
 
-@pytest.mark.parametrize(("family", "layer_type"), REFUSED, ids=lambda value: getattr(value, "name", None))
-def test_recurrent_and_chunked_targets_are_refused_by_layer_type(family, layer_type):
-    assert f"has '{layer_type}' layers" in refusal(family)
+@pytest.mark.parametrize(("family", "reason"), REFUSED, ids=lambda value: getattr(value, "name", None))
+def test_what_is_refused_says_which_layer_and_why(family, reason):
+    message = refusal(family)
+    assert reason in message and re.search(r"layer \d", message.lower())
 
 
 def test_the_readme_shows_this_matrix():
     table = readme_matrix()
     if table is None:
         pytest.skip("the README has no support matrix yet")
-    rows = [supported_row(family) for family in FAMILIES] + [refused_row(*refused) for refused in REFUSED]
+    rows = [supported_row(family) for family in [*FAMILIES, *HYBRIDS]] + [refused_row(*row) for row in REFUSED]
     assert table == "\n".join([HEADER, *rows]), "run `python -m tests.families.render`"
 
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..states import STATEFUL
 from ..taps import decoder_layers
 from .tree_pass import dispatcher
 from .walkers import OVER_TREES
-
-KINDS = {"linear_attention", "conv", "hybrid"}  # layer types with a state
 
 
 @functools.cache
@@ -40,7 +39,7 @@ def check_mixers(target) -> None:
     for place, (kind, layer) in enumerate(zip(kinds, decoder_layers(target) or (), strict=True)):
         mixers = mixers_of(layer)
         name = f"Layer {place} of {type(target).__name__}, a {kind!r} layer"
-        if kind in KINDS and not mixers:
+        if kind in STATEFUL and not mixers:
             raise ValueError(
                 f"{name} ({type(layer).__name__}), keeps a state in a way that is not known here, so that the "
                 "rejected tokens of a tree could not be kept out of it; generate without a drafter."
@@ -51,11 +50,35 @@ def check_mixers(target) -> None:
                     f"{name}, is remote code ({type(mixer).__name__}), which may differ from the layers known here; "
                     "load the model with `trust_remote_code=False` if transformers has it."
                 )
+            if "mamba_selective_scan" in walked_by(type(mixer).forward) and hasattr(mixer, "n_mamba_heads"):
+                raise ValueError(
+                    f"{name}, splits its channels into heads with a state each ({type(mixer).__name__}), which is not "
+                    "known here; generate without a drafter."
+                )
             if not _runs_its_own_forward(mixer):
                 raise ValueError(
                     f"{name}, is replaced as a whole by a kernel ({type(mixer).__name__}), which knows no trees; load "
                     "the model with `use_kernels=False`."
                 )
+
+
+def check_going_on(target) -> None:
+    """Refuse to read several tokens behind a cache where transformers starts from an empty state.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            One that [`check_mixers`] lets pass.
+
+    Raises:
+        ValueError: Naming the layer and what to do.
+    """
+    for mixer in mixers_of(target):
+        if "mamba_selective_scan" in walked_by(type(mixer).forward):
+            raise ValueError(
+                f"{type(target).__name__} cannot go on from a cache: its Mamba-1 layers ({type(mixer).__name__}) read "
+                "a prompt from an empty state whatever the cache holds, in transformers already. Leave the cache out "
+                "and pass the whole text."
+            )
 
 
 def _runs_its_own_forward(module: nn.Module) -> bool:
@@ -81,4 +104,4 @@ def install(target) -> None:
                 setattr(module, name, dispatcher(function, OVER_TREES[name]))
 
 
-__all__ = ["check_mixers", "install", "mixers_of"]
+__all__ = ["check_going_on", "check_mixers", "install", "mixers_of"]

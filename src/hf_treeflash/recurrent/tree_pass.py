@@ -59,12 +59,15 @@ class TreePass:
     @property
     def state(self) -> torch.Tensor:
         """The state of the layer that runs."""
+        if not self.convolved or self.kept[self.convolved[-1]].terms is not None:
+            raise ValueError(strange("A layer with a scan and no convolution before it"))
         return self.convolved[-1].recurrent_states[0]
 
     def end_layer(self, terms: Terms) -> torch.Tensor:
         """Leave the terms of the layer that runs; return its state, which stays as it is."""
+        state = self.state
         self.kept[self.convolved[-1]].terms = terms
-        return self.state
+        return state
 
     def unseen(self) -> int | None:
         """Return the place of a layer that did not run over the tree, None if all did."""

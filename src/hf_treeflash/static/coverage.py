@@ -20,6 +20,10 @@ def why_dynamic(decoding: TreeDecoding, state: RoundState) -> str | None:
 
 def _uncovered(decoding: TreeDecoding, state: RoundState) -> Iterator[str]:
     config, target = decoding.generation_config, decoding.target
+    if decoding.verifier.recurrent is not None:
+        yield "recurrent layers"
+    if "chunked_attention" in decoding.verifier.windows:
+        yield "chunked attention"
     if decoding.auto is not None:
         yield "`tree_budget='auto'`"
     if decoding.lookup is not None:
