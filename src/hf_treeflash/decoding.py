@@ -15,6 +15,7 @@ from .context import Context, remember_context, take_context
 from .draft_head import OutputScale
 from .exactness import Exactness
 from .hybrids import check_rewinds
+from .lockstep import LockstepWalker, advances_together
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
@@ -66,9 +67,9 @@ class TreeDecoding:
         self.prunes = bool(askable(logits_processor))
         self.recorder = Recorder(generation_config, batch)
         self.exactness = Exactness(self.verifier, model_kwargs, self.forward_kwargs)
-        self.walker = Walker(
-            self.processor, self.sequences, self.recorder, streamer, generation_config.do_sample, input_ids.device
-        )
+        walks = self.processor, self.sequences, self.recorder, streamer, generation_config.do_sample, input_ids.device
+        self.together = advances_together(batch, logits_processor, stopping_criteria, streamer, self.forward_kwargs)
+        self.walker = LockstepWalker(generation_config._pad_token_tensor, *walks) if self.together else Walker(*walks)
         self.acceptance_lengths: list[list[int]] = [[] for _ in range(batch)]
         self.generator = TreeFlashCandidateGenerator(
             drafter,
@@ -182,13 +183,13 @@ class TreeDecoding:
         state.pending = []
         if self.auto is not None:
             tree = tree.first(self.auto.size(tree))
-        return tree.first(room).to(state.anchor_ids.device)
+        return self.walker.prepared(tree.first(room).to(state.anchor_ids.device))
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
         """Return for some rows of the call what can say which tokens may follow their texts."""
         vocab_size, texts = self.drafter.config.vocab_size, self.sequences
         return [
-            Lookahead(self.processor.by_row[row], texts.prefix(row), vocab_size, texts.room(row), texts.eos_ids)
+            Lookahead(self.processor.by_row[row], row, texts.prefix(row), vocab_size, texts.room(row), texts.eos_ids)
             for row in rows
         ]
 
@@ -231,10 +232,13 @@ class TreeDecoding:
             outputs ([`ModelOutput`]):
                 What the target says of them, `logits` of shape `(rows, nodes, vocab)`.
         """
+        unfinished = self.sequences.unfinished.tolist()
         verdicts = self.walker(state.rows, tree.children, outputs.logits)
         for index, (row, verdict) in enumerate(zip(state.rows, verdicts, strict=True)):
-            self.acceptance_lengths[row].append(len(verdict.path))
             self.recorder.path(row, index, verdict.path, outputs, state.prefix)
+            if not unfinished[row]:  # padding says nothing of the drafter
+                continue
+            self.acceptance_lengths[row].append(len(verdict.path))
             if tree.token_ids.shape[1] > 1:  # a round without a draft says nothing of the drafter
                 self.generator.observe(len(verdict.path) - 1)
             if self.lookup is not None:

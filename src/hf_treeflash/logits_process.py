@@ -1,6 +1,5 @@
 """The call's logits processors along the paths of a tree."""
 
-import copy
 import sys
 
 import torch
@@ -88,7 +87,7 @@ class TreeLogitsProcessor(LogitsProcessor):
         self.batch = batch
         # Exact types: a subclass may look at the prefix.
         self.prefix_independent = all(type(processor) in PREFIX_INDEPENDENT for processor in processors)
-        self.by_row = [[for_row(processor, row, batch) for processor in processors] for row in range(batch)]
+        self.by_row = [[for_row(processor, row) for processor in processors] for row in range(batch)]
 
     def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
         """Process one node per row of the call; shapes as for any [`LogitsProcessor`].
@@ -133,49 +132,12 @@ class TreeLogitsProcessor(LogitsProcessor):
         return self(None, logits.flatten(0, 1).float()).view(logits.shape)
 
 
-class AmongCopies(LogitsProcessor):
-    """A copy of a processor that one row has to itself, and in which it keeps its index among copies of the row.
-
-    Args:
-        processor ([`LogitsProcessor`]):
-            The copy.
-        row (`int`):
-            Index of the row in the call.
-        batch (`int`):
-            Rows of the call.
-    """
-
-    def __init__(self, processor: LogitsProcessor, row: int, batch: int):
-        self.processor, self.row, self.batch = processor, row, batch
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Process the one row; shapes `(1, length)` and `(1, vocab)`."""
-        copies = scores.repeat(self.batch, 1)
-        return self.processor(input_ids.expand(self.batch, -1), copies)[self.row : self.row + 1]
-
-
-def for_row(processor: LogitsProcessor, row: int, batch: int) -> LogitsProcessor:
-    """Return a processor for one row of a batch: rows grow at their own pace, so they cannot share a call or a state.
-
-    Raises:
-        ValueError: If a processor that may keep a state cannot be copied.
-    """
-    if batch == 1 or type(processor) in ROW_BY_ROW:
-        return processor
+def for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """Return a processor as one row of a batch has it: rows that grow at their own pace cannot share a call."""
     if type(processor) is PrefixConstrainedLogitsProcessor:
         allowed = processor._prefix_allowed_tokens_fn
         return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
-    if can_fork(processor):
-        return fork(processor, row)
-    held = getattr(processor, "__dict__", {}).values()
-    try:
-        own = copy.deepcopy(processor, {id(value): value for value in held if isinstance(value, torch.nn.Module)})
-    except Exception as error:
-        raise ValueError(
-            f"{type(processor).__name__} cannot be copied ({error}), which a batch needs: each row advances at its "
-            "own pace and has a copy of the processors to itself. Pass one prompt at a time."
-        ) from error
-    return AmongCopies(own, row, batch)
+    return processor
 
 
 def can_fork(processor: LogitsProcessor) -> bool:

@@ -14,7 +14,9 @@ class Lookahead:
 
     Args:
         processors (`Sequence[LogitsProcessor]`):
-            The row's own, in order; those that cannot be asked are left out.
+            Those of the call, in order; what cannot be asked is left out.
+        row (`int`):
+            The row among those that the processors see.
         prefix (`torch.LongTensor` of shape `(1, length)`):
             The row's tokens so far.
         vocab_size (`int`):
@@ -28,12 +30,13 @@ class Lookahead:
     def __init__(
         self,
         processors: Sequence[LogitsProcessor],
+        row: int,
         prefix: torch.Tensor,
         vocab_size: int,
         room: int,
         ends: Collection[int],
     ):
-        self.processors = askable(processors)
+        self.processors, self.row = askable(processors), row
         self.prefix, self.vocab_size, self.room, self.ends = prefix, vocab_size, room, ends
         # What has read a path and can go on from it; not there where it raised, so that nobody knows what may follow.
         self.after: dict[tuple[int, ...], list[LogitsProcessor]] = {}
@@ -57,11 +60,12 @@ class Lookahead:
     def _ask(self, path: list[int]) -> torch.Tensor:
         if len(path) >= self.room or (path and path[-1] in self.ends):
             return torch.zeros(self.vocab_size, dtype=torch.bool)
-        before = self.after.get(tuple(path[:-1])) if path else self.processors
+        # Only the call's own processors see all rows.
+        before, row = (self.after.get(tuple(path[:-1])), 0) if path else (self.processors, self.row)
         unknown = torch.ones(self.vocab_size, dtype=torch.bool)
         if before is None:
             return unknown
-        processors = [fork(processor) if can_fork(processor) else processor for processor in before]
+        processors = [fork(processor, row) if can_fork(processor) else processor for processor in before]
         ids = torch.cat([self.prefix, self.prefix.new_tensor([path])], dim=1)
         scores = torch.zeros(1, self.vocab_size, device=ids.device)
         try:

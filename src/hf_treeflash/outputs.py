@@ -61,6 +61,10 @@ class Recorder:
         """Return the scores recorded for a row so far, what stopping criteria are shown."""
         return None if self.scores is None else self.scores[row]
 
+    def scores_of_all(self) -> tuple | None:
+        """Return the scores of each step so far, of shape `(batch, vocab)`, where rows advance together."""
+        return None if self.scores is None else _join(self.scores, len(self.scores[0]))
+
     def path(self, row: int, index: int, path: list[int], outputs, prefix: PrefixCache) -> None:
         """Record the states and attentions of a path's nodes.
 

@@ -3,13 +3,7 @@
 import sys
 
 import torch
-from transformers import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 
 class Sequences:
@@ -34,6 +28,8 @@ class Sequences:
         # Without an end-of-text token plain decoding pads nothing: every row is written until all have ended.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._ended: dict[int, int] = {}  # length at which a row met a criterion
+        self._all_criteria = stopping_criteria
+        self.unfinished = torch.ones(len(self.lengths), dtype=torch.bool, device=input_ids.device)
         for criterion in stopping_criteria:
             if type(criterion) is MaxLengthCriteria:
                 self._max_length = min(criterion.max_length, self._max_length or criterion.max_length)
@@ -63,7 +59,7 @@ class Sequences:
         self.lengths[row] = length + 1
         done = token in self.eos_ids or (self._max_length is not None and length + 1 >= self._max_length)
         for criterion in self._criteria:  # asked for every token, also for one that ends the text anyway
-            done = self._meets(criterion, row, scores) or done
+            done = bool(torch.as_tensor(criterion(self.prefix(row), scores)).any()) or done
         if done:
             self._ended.setdefault(row, length + 1)
         if self.pads or length + 1 == self._max_length:
@@ -80,15 +76,28 @@ class Sequences:
         """Length of the longest text, once every row has ended."""
         return max(self._ended.values())
 
-    def _meets(self, criterion, row: int, scores: tuple | None) -> bool:
-        ids, batch = self.prefix(row), len(self.lengths)
-        if type(criterion) not in (MaxTimeCriteria, StopStringCriteria):  # it may tell rows apart by their index
-            ids = ids.expand(batch, -1)
-            scores = scores if scores is None else tuple(step.expand(batch, -1) for step in scores)
-        answer = criterion(ids, scores)
-        if not isinstance(answer, torch.Tensor) or answer.ndim == 0:
-            return bool(answer)
-        return bool(answer[row if len(answer) > 1 else 0])
+    @property
+    def ids(self) -> torch.Tensor:
+        """The ids of all rows, of shape `(batch, length)`, where they advance together."""
+        return self._ids
+
+    def extend(self, token_ids: torch.Tensor) -> None:
+        """Add a token to every row, of shape `(batch,)`, where they advance together; `judge` comes next."""
+        self._ids = torch.cat([self._ids, token_ids[:, None]], dim=1)  # (batch, length + 1)
+        self.lengths = [self._ids.shape[1]] * len(self.lengths)
+
+    def judge(self, scores: tuple | None) -> bool:
+        """Ask all criteria about all rows, as plain decoding does; return whether every row has ended.
+
+        Args:
+            scores (`tuple[torch.FloatTensor]`, *optional*):
+                Of each step so far, of shape `(batch, vocab)`, where the call keeps them.
+        """
+        self.unfinished = self.unfinished & ~self._all_criteria(self._ids, scores)
+        if self.unfinished.any():
+            return False
+        self._ended = dict.fromkeys(range(len(self.lengths)), self._ids.shape[1])
+        return True
 
     def padded(self, pad_token_id: torch.Tensor | None) -> torch.Tensor:
         """Return all rows, shorter ones filled up with the pad token, of shape `(batch, longest)`."""

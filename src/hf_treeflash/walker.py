@@ -1,10 +1,13 @@
 """The walk through a round's trees: the target's choice at each node becomes text, record and stream."""
 
+import functools
+
 import torch
 
 from .logits_process import TreeLogitsProcessor
 from .outputs import Recorder
 from .sequences import Sequences
+from .tree import DraftTree
 from .verify import Verdict, walk
 
 
@@ -19,7 +22,7 @@ class Walker:
         recorder ([`Recorder`]):
             What the call asked to keep of each token.
         streamer ([`BaseStreamer`], *optional*):
-            The call's.
+            The call's; where a text has other rows beside it, [`LockstepWalker`] serves it.
         do_sample (`bool`):
             Draw each token instead of taking the most likely.
         device (`torch.device`):
@@ -58,12 +61,19 @@ class Walker:
             def choose(node: int, index=index, row=row) -> int:
                 return self.at_node(row, logits[index, node]) if choices is None else choices[index][node]
 
-            def emit(token: int, row=row) -> bool:
-                return self.sequences.append(row, token, self.recorder.scores_of(row))
-
-            verdicts.append(walk(children[index], choose, emit))
-            self.stream(verdicts[-1].token_ids)
+            verdicts.append(walk(children[index], choose, functools.partial(self.emit, row)))
         return verdicts
+
+    def emit(self, row: int, token: int) -> bool:
+        """Add a row's next token to its text and stream it; return whether that ends the text."""
+        finished = self.sequences.append(row, token, self.recorder.scores_of(row))
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([token]))
+        return finished
+
+    def prepared(self, tree: DraftTree) -> DraftTree:
+        """Return the trees as the walk wants them verified."""
+        return tree
 
     def at_all_nodes(self, logits: torch.Tensor) -> list[list[int]] | None:
         """Return the choices at all nodes where one look at the device gives them, else None: each is asked for.
@@ -91,12 +101,6 @@ class Walker:
         if not self.do_sample:
             return int(scores.argmax(dim=-1))
         return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1))
-
-    def stream(self, token_ids: list[int]) -> None:
-        """Hand tokens to the call's streamer."""
-        if self.streamer is not None:
-            for token in token_ids:
-                self.streamer.put(torch.tensor([token]))
 
 
 __all__ = ["Walker"]

@@ -5,7 +5,7 @@ import torch
 
 from tests.families.models import FAMILIES
 from tests.families.passes import leaves, prefilled, step_logits, tree_logits, tree_of
-from tests.quoting import knows, quoting_drafter
+from tests.helpers.quoting import knows, quoting_drafter
 from tests.recurrent.trees import shaped_tree
 
 (LLAMA4,) = (family for family in FAMILIES if family.name == "Llama 4")

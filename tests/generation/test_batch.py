@@ -158,7 +158,6 @@ def test_dictionary_outputs_of_unfinished_rows(implementation):
         "do_sample": False,
         "max_new_tokens": 14,
         "eos_token_id": ending_at(target, inputs, [3, 8]),
-        "repetition_penalty": 1.1,
         "return_dict_in_generate": True,
         "output_scores": True,
         "output_logits": True,

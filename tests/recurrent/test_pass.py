@@ -15,7 +15,7 @@ from hf_treeflash.tree import root_only
 from hf_treeflash.verify import Verifier
 from tests.families.hybrids import HYBRIDS
 from tests.families.passes import leaves, prefilled, step_logits, tree_logits, tree_of
-from tests.quoting import knows, quoting_drafter
+from tests.helpers.quoting import knows, quoting_drafter
 from tests.recurrent.trees import shaped_tree
 
 BY_NAME = {family.name: family for family in HYBRIDS}

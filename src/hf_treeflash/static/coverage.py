@@ -26,6 +26,8 @@ def _uncovered(decoding: TreeDecoding, state: RoundState) -> Iterator[str]:
         yield "chunked attention"
     if decoding.auto is not None:
         yield "`tree_budget='auto'`"
+    if decoding.together:
+        yield "a batch with a streamer, or with processors, criteria or inputs of the caller's own"
     if decoding.lookup is not None:
         yield "`prompt_lookup_num_tokens`"
     if decoding.generator.knobs.draft_window is not None:

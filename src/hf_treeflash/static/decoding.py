@@ -80,9 +80,8 @@ class StaticDecoding(TreeDecoding):
         """Append a round's tokens to a row, up to its end; return whether that was reached."""
         taken, finished = 0, False
         while taken < len(tokens) and not finished:
-            finished = self.sequences.append(row, tokens[taken], None)
+            finished = self.walker.emit(row, tokens[taken])
             taken += 1
-        self.walker.stream(tokens[:taken])
         self.acceptance_lengths[row].append(taken)
         self.generator.observe(taken - 1)
         return finished
