@@ -20,6 +20,7 @@ PARTS = {
     "choice",
     "compat",
     "hybrids",
+    "kernel_attention",
     "layers",
     "logits_process",
     "memory",
@@ -98,6 +99,7 @@ def test_what_a_repository_does_without_is_asked_for_by_name():
         "compat": {"kernels"},
         "generation": {"static"},
         "hybrids": {"recurrent"},
+        "kernel_attention": {"kernels.attention_interface"},
     }
 
 
