@@ -7,12 +7,13 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from hf_treeflash.kernels import attention_interface
 from hf_treeflash.static import cache
 from hf_treeflash.static import round as round_module
 
 # Operators that only say how memory is to be read, beside those that are views by their schema, or set memory apart.
 NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "alias"}
-KERNELS = {"head_select": 2, "tree_attention": 2}  # of our own operators, with the merge
+KERNELS = {"head_select": 2, "tree_attention": 2}  # of our own, with the merge
 
 
 class Launches(TorchDispatchMode):
@@ -30,18 +31,23 @@ class Launches(TorchDispatchMode):
 
     @contextmanager
     def as_kernels(self, monkeypatch):
-        """Count every call of a kernel's oracle as one launch."""
+        """Count every call of a kernel's oracle as its launches."""
 
         def counted(name: str, oracle: Callable) -> Callable:
             def call(*args):
-                self.counts[name] += 1
+                self.counts[name] += KERNELS.get(name, 1)
                 with _disable_current_modes():
                     return oracle(*args)
 
             return call
 
         with monkeypatch.context() as patch:
-            for module, name in ((round_module, "build_tree"), (round_module, "accept"), (cache, "compact")):
+            for module, name in (
+                (round_module, "build_tree"),
+                (round_module, "accept"),
+                (cache, "compact"),
+                (attention_interface, "tree_attention"),
+            ):
                 patch.setattr(module, name, counted(name, getattr(module, name)))
             with self:
                 yield self
