@@ -3,6 +3,7 @@
 Nothing here tests this package. A failure says which name changed; `grep` finds who uses it.
 """
 
+import importlib
 import inspect
 
 import pytest
@@ -183,6 +184,41 @@ def test_only_sliding_layers_have_a_window_and_a_recorded_past():
     names = {"sliding_window", "cumulative_length", "record_past"}
     assert names <= set(vars(cache_utils.DynamicSlidingWindowLayer(5)))
     assert not names & set(dir(cache_utils.DynamicLayer()))
+
+
+def test_recurrent_layers_hold_what_they_convolve_while_they_record():
+    """Which layer runs is told by the very tensor that its convolution gets."""
+    layer = cache_utils.LinearAttentionLayer()
+    layer.update_conv_state(torch.ones(1, 2, 6), conv_kernel_size=4)
+    assert layer.number_of_states == 1 and layer.conv_kernel_size[0] == 4
+    assert layer.conv_states[0].shape == (1, 2, 4) and layer.recurrent_states[0] is None
+    layer.activate_past_recording()
+    assert layer.update_conv_state(torch.ones(1, 2, 3)) is layer.conv_states[0]
+    assert layer.conv_states[0].shape == (1, 2, 7)
+    assert parameters(Cache.update_recurrent_state)[1:3] == ["recurrent_states", "layer_idx"]
+
+
+def test_models_with_a_state_say_so():
+    assert transformers.JambaForCausalLM._is_stateful and not transformers.LlamaForCausalLM._is_stateful
+
+
+WALKERS = {
+    "qwen3_next": ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"],
+    "kimi_linear": ["chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"],
+    "bamba": ["mamba2_chunk_scan", "mamba2_selective_state_update"],
+    "jamba": ["mamba_selective_scan", "mamba_selective_state_update"],
+    "lfm2": [],
+}
+
+
+@pytest.mark.parametrize("family", WALKERS)
+def test_recurrent_layers_look_these_up_in_their_module(family):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    names = {"causal_conv1d_fn", "causal_conv1d_update", *WALKERS[family]}
+    layers = [value for value in vars(module).values() if inspect.isclass(value) and hasattr(value, "forward")]
+    called = [set(inspect.unwrap(layer.forward).__code__.co_names) for layer in layers]
+    assert any(names <= own for own in called)
+    assert all(callable(getattr(module, name)) for name in names)
 
 
 def test_a_sliding_layer_keeps_one_column_less_than_its_window_until_it_records():

@@ -84,7 +84,8 @@ class Recorder:
         if self.attentions is None:
             return
         filled = prefix.length if prefix.filled is None else prefix.filled[index]
-        windows = [window_of(layer) for layer in prefix.cache.layers]
+        attending = [layer for layer in prefix.cache.layers if getattr(layer, "keys", None) is not None]
+        windows = [window_of(layer) for layer in attending]
         for step, node in enumerate(path, start=1):
             seen = []
             for weights, window in zip(outputs.attentions, windows, strict=True):

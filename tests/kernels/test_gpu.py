@@ -8,10 +8,14 @@ import torch
 from hf_treeflash.kernels import (
     accept,
     accept_reference,
+    add_path,
+    add_path_reference,
     build_tree,
     build_tree_reference,
     compact,
     compact_reference,
+    gated_delta,
+    gated_delta_reference,
     head_select,
     head_select_reference,
     pointer_table,
@@ -19,7 +23,7 @@ from hf_treeflash.kernels import (
     tree_attention_reference,
 )
 
-from .trees import make_transitions, random_words
+from .trees import ancestor_mask, make_transitions, random_parents, random_words
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,3 +119,27 @@ def test_graph_replay_equals_the_oracles():
         prefix += walked[1]
         advanced |= set(walked[1].tolist())
     assert len(advanced) > 2
+
+
+@pytest.mark.parametrize("nodes", [1, 16, 64, 128])
+def test_gated_delta_at_the_shapes_of_qwen3_5(nodes):
+    """Products in three TF32 parts are as good as in fp32."""
+    generator = torch.Generator().manual_seed(nodes)
+    query, key = torch.randn(2, 2, nodes, 16, 128, generator=generator).bfloat16().cuda()
+    value = torch.randn(2, nodes, 32, 128, generator=generator).bfloat16().cuda()
+    log_decay = -torch.rand(2, nodes, 32, generator=generator).cuda()
+    beta = torch.rand(2, nodes, 32, generator=generator).bfloat16().cuda()
+    state = torch.randn(2, 32, 128, 128, generator=generator).cuda()
+    parents = random_parents(2, nodes, generator)
+    mask = ancestor_mask(parents).cuda()
+    case = (query, key, value, log_decay, beta, state, mask)
+    actual, expected = gated_delta(*case), gated_delta_reference(*case)
+    for name, tolerance in (("keys", 1e-6), ("updates", 1e-4), ("decays", 1e-4)):
+        mine, theirs = getattr(actual, name).float(), getattr(expected, name).float()
+        torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=1e-4)
+    torch.testing.assert_close(actual.output, expected.output, atol=4e-3, rtol=2e-2)
+    path = torch.tensor([[0, *range(1, min(nodes, 9))], [0] + [-1] * (min(nodes, 9) - 1)]).cuda()
+    moved, wanted = state.clone(), state.clone()
+    add_path(moved, actual.keys, actual.updates, actual.decays, path)
+    add_path_reference(wanted, actual.keys, actual.updates, actual.decays, path)
+    torch.testing.assert_close(moved, wanted, atol=1e-4, rtol=1e-4)
