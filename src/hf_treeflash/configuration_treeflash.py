@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .ranges import INTEGERS, LAYER_TYPES, check_numbers, check_range
+from .ranges import INTEGERS, LAYER_TYPES, check_numbers, check_range, has_own_rope
 
 
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:
@@ -133,6 +133,12 @@ class TreeFlashConfig(PreTrainedConfig):
             self.target_layer_ids = default_target_layer_ids(self.num_target_layers or 36, self.num_hidden_layers)
         super().__post_init__(**kwargs)
         self._check_drafter()
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        """Complete the rotary parameters; those by kind of layer stay as they are."""
+        if not has_own_rope(self.rope_parameters or {}):
+            return super().convert_rope_params_to_dict(**kwargs)
+        return kwargs
 
     @property
     def num_drafted(self) -> int:
