@@ -99,8 +99,8 @@ class TreeFlashConfig(PreTrainedConfig):
     head_dim: int = 128
     hidden_act: str = "silu"
     max_position_embeddings: int = 40960
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     rope_parameters: dict | None = None
     rope_interleaved: bool = False
     attention_bias: bool = False
