@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .ranges import INTEGERS, LAYER_TYPES, check_numbers, check_range, has_own_rope
+from .ranges import INTEGERS, LAYER_TYPES, check_dtype, check_numbers, check_range, has_own_rope
 
 
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:
@@ -127,6 +127,7 @@ class TreeFlashConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_range("num_hidden_layers", self.num_hidden_layers, *INTEGERS["num_hidden_layers"], whole=True)
+        check_dtype(self.dtype)
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.target_layer_ids is None:

@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "causal_layers": ("none", "sliding", "all"),
     "window_rule": ("inclusive", "strict", "context", "anchor"),
 }
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # By type, the parameters it cannot do without.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
@@ -95,6 +96,16 @@ def check_numbers(config) -> None:
     check_rope(config)
 
 
+def check_dtype(dtype: Any) -> None:
+    """Refuse the name of a dtype that weights are not stored in.
+
+    Raises:
+        ValueError: With what was found and what was expected.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"`dtype`: expected one of {', '.join(map(repr, DTYPES))}, found {dtype!r}.")
+
+
 def check_rope(config) -> None:
     """Check the numbers of the rotary embedding, or of one per kind of layer.
 
@@ -109,7 +120,9 @@ def check_rope(config) -> None:
             raise ValueError(f"`{name}`: expected the parameters of a rotary embedding, found {own!r}.")
         kind = own.get("rope_type")
         if not isinstance(kind, str) or kind not in ROPE_TYPES:
-            raise ValueError(f"`{name}.rope_type`: expected one of {', '.join(map(repr, ROPE_TYPES))}, found {kind!r}.")
+            raise ValueError(
+                f"`{name}.rope_type`: expected one of {', '.join(map(repr, ROPE_TYPES))}, found {kind!r}."
+            )
         for field in ROPE_TYPES[kind]:
             if own.get(field) is None:
                 raise ValueError(f"`{name}.{field}`: expected a value for rope type {kind!r}, found none.")
@@ -144,4 +157,4 @@ def has_own_rope(parameters: dict[str, Any]) -> bool:
     return any(kind in parameters for kind in LAYER_TYPES)
 
 
-__all__ = ["INTEGERS", "LAYER_TYPES", "check_numbers", "check_range", "has_own_rope"]
+__all__ = ["INTEGERS", "LAYER_TYPES", "check_dtype", "check_numbers", "check_range", "has_own_rope"]

@@ -15,13 +15,42 @@ from tests.tiny import prompt
 
 CASES, SEED, LONGEST = 520, 17, 5.0  # seconds
 VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 10**9, 10**18, 2**63, -(2**63), 0.5, -0.5, 1e-300, 1e308]
-VALUES += [float("nan"), float("inf"), "", "x", "1", "float8", "auto", "bfloat16", [], [0], [-1], [0, 2, 4], [10**9] * 3]
+VALUES += [
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "1",
+    "float8",
+    "auto",
+    "bfloat16",
+    [],
+    [0],
+    [-1],
+    [0, 2, 4],
+    [10**9] * 3,
+]
 VALUES += [["x"], [FULL, SLIDING], [SLIDING] * 2, [None], [[1]], {}, {"a": 1}, {"rope_type": "yarn"}, {"rope_type": 3}]
 VALUES += [{"rope_type": "dynamic", "factor": 0}, {"rope_type": "llama3", "factor": 2.0}, {FULL: {"rope_theta": 1}}]
-MORE = ["sliding_window", "swa_window_size", "use_swa", "is_causal", "causal", "sample_from_anchor", "max_window_layers"]
+MORE = [
+    "sliding_window",
+    "swa_window_size",
+    "use_swa",
+    "is_causal",
+    "causal",
+    "sample_from_anchor",
+    "max_window_layers",
+]
 MORE += ["output_multiplier", "final_logit_softcapping", "input_embedding_scale", "partial_rotary_factor", "dtype"]
 MORE += ["draft_vocab_size", "rope_parameters", "rope_scaling", "target_layer_ids", "aux_hidden_state_layer_ids"]
-MORE += ["architectures", "model_type", "speculators_model_type", "quantization_config", "dflash_config", "torch_dtype"]
+MORE += [
+    "architectures",
+    "model_type",
+    "speculators_model_type",
+    "quantization_config",
+    "dflash_config",
+    "torch_dtype",
+]
 
 
 def mutated(rng: random.Random):
@@ -43,7 +72,9 @@ def outcome(published, config, knobs, target, plain, folder) -> str:
     (folder / "generation_config.json").write_text(json.dumps(knobs))
     try:
         drafter = load(changed, folder)
-        text = target.generate(prompt(9), assistant_model=drafter, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        text = target.generate(
+            prompt(9), assistant_model=drafter, max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
     except (OSError, ValueError) as error:
         return str(error)
     assert torch.equal(text, plain)
