@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .configuration_treeflash import TreeFlashConfig
-from .knobs import KNOB_DEFAULTS
+from .knobs import KNOB_DEFAULTS, DraftingKnobs
 from .layouts import TARGETS_TENSORS, Layout, read_layout
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -76,7 +76,7 @@ def resolve_checkpoint(model_class, name: str | os.PathLike, kwargs: dict) -> tu
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     name = adapted_drafter(name, hub)
     source = f"{name}/config.json"
-    stored = read_json_config(name, hub)
+    stored = read_json(cached_file(name, "config.json", **hub))
     config = kwargs.pop("config", None)
     ours = isinstance(config, TreeFlashConfig) or getattr(config, "model_type", None) == "treeflash"
     given = {} if ours else {key: kwargs.pop(key) for key in list(kwargs) if key in TreeFlashConfig.__annotations__}
@@ -93,11 +93,20 @@ def resolve_checkpoint(model_class, name: str | os.PathLike, kwargs: dict) -> tu
     return kwargs, stored_knobs(name, stored, hub)
 
 
-def read_json_config(name: str, hub: dict) -> dict[str, Any]:
-    """Return the parsed `config.json` of a folder or repository."""
-    stored, _ = PreTrainedConfig.get_config_dict(name, **hub)
-    if not stored:
-        raise OSError(f"There is no config.json in {name}.")
+def read_json(path: str) -> dict[str, Any]:
+    """Return the dictionary that a JSON file holds.
+
+    Raises:
+        ValueError: If it holds something else.
+        OSError: If it is no JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+    except ValueError as error:
+        raise OSError(f"{path} is no sound JSON file: {error}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: expected a dictionary, found {stored!r}.")
     return stored
 
 
@@ -105,7 +114,10 @@ def make_config(values: dict[str, Any], source: str) -> TreeFlashConfig:
     """Build the config, naming the file where it refuses a value."""
     try:
         return TreeFlashConfig(**values)
-    except (ValueError, StrictDataclassError) as error:
+    except StrictDataclassError as error:
+        field = re.search(r"field '(\w+)'", str(error))
+        raise ValueError(f"{source}: `{field and field[1]}`: {error.__cause__ or error}") from error
+    except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
@@ -114,8 +126,7 @@ def adapted_drafter(name: str | os.PathLike, hub: dict) -> str:
     path = find_file(name, "adapter_config.json", hub)
     if path is None or find_file(name, "config.json", hub) is not None:
         return os.fspath(name)
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)["base_model_name_or_path"]
+    return read_json(path)["base_model_name_or_path"]
 
 
 def find_file(name: str | os.PathLike, filename: str, hub: dict) -> str | None:
@@ -212,10 +223,9 @@ def stored_tensors(files: list[str]) -> Iterator[StoredTensor]:
 
 
 def stored_knobs(name: str, stored: dict, hub: dict) -> GenerationConfig:
-    if find_file(name, "generation_config.json", hub) is not None:
-        knobs = GenerationConfig.from_pretrained(name, **hub)
-    else:
-        knobs = GenerationConfig()
+    """Return the drafting knobs of a checkpoint, each within its range, and defaults for those it does not have."""
+    path = find_file(name, "generation_config.json", hub)
+    knobs = GenerationConfig() if path is None else GenerationConfig.from_dict(read_json(path))
     defaults = dict(KNOB_DEFAULTS)
     budget = (stored.get("treeflash_config") or {}).get("candidate_tokens", stored.get("candidate_tokens"))
     if budget is not None:
@@ -223,6 +233,10 @@ def stored_knobs(name: str, stored: dict, hub: dict) -> GenerationConfig:
     for knob, value in defaults.items():
         if not hasattr(knobs, knob):
             setattr(knobs, knob, value)
+    try:
+        DraftingKnobs.read(knobs)
+    except ValueError as error:
+        raise ValueError(f"{path or f'{name}/config.json'}: {error}") from error
     return knobs
 
 

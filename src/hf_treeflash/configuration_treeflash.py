@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .ranges import INTEGERS, LAYER_TYPES, check_numbers, check_range
+from .ranges import INTEGERS, LAYER_TYPES, check_dtype, check_numbers, check_range, has_own_rope
 
 
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:
@@ -99,8 +99,8 @@ class TreeFlashConfig(PreTrainedConfig):
     head_dim: int = 128
     hidden_act: str = "silu"
     max_position_embeddings: int = 40960
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     rope_parameters: dict | None = None
     rope_interleaved: bool = False
     attention_bias: bool = False
@@ -127,12 +127,19 @@ class TreeFlashConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_range("num_hidden_layers", self.num_hidden_layers, *INTEGERS["num_hidden_layers"], whole=True)
+        check_dtype(self.dtype)
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.target_layer_ids is None:
             self.target_layer_ids = default_target_layer_ids(self.num_target_layers or 36, self.num_hidden_layers)
         super().__post_init__(**kwargs)
         self._check_drafter()
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        """Complete the rotary parameters; those by kind of layer stay as they are."""
+        if not has_own_rope(self.rope_parameters or {}):
+            return super().convert_rope_params_to_dict(**kwargs)
+        return kwargs
 
     @property
     def num_drafted(self) -> int:

@@ -187,7 +187,7 @@ class TreeDecoding:
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
         """Return for some rows of the call what can say which tokens may follow their texts."""
-        vocab_size, texts = self.drafter.config.vocab_size, self.sequences
+        vocab_size, texts = self.verifier.config.vocab_size, self.sequences
         return [
             Lookahead(self.processor.by_row[row], row, texts.prefix(row), vocab_size, texts.room(row), texts.eos_ids)
             for row in rows

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig
 
 AUTO_SIZES = (8, 16, 32, 64)  # nodes per tree that an automatic budget chooses from
-LEAST = {"tree_budget": 2, "num_candidates": 1, "branching": 1, "draft_window": 1, "draft_vocab": 1}
+# The least and the most of each number, both of the range.
+INTEGERS = {
+    "tree_budget": (2, 4096),
+    "num_candidates": (1, 1024),
+    "branching": (1, 1024),
+    "draft_window": (1, 2**31),
+    "draft_vocab": (1, 2**24),
+}
+TEMPERATURES = (1e-3, 1e3)
 
 
 class DraftingKnobs(NamedTuple):
@@ -14,13 +22,14 @@ class DraftingKnobs(NamedTuple):
 
     Attributes:
         tree_budget (`int`, defaults to 64):
-            Nodes per verify pass, root included; `"auto"` in a generation config, which is read as the largest size.
+            Nodes per verify pass, root included, from 2 to 4096; `"auto"` in a generation config, which is read as
+            the largest size.
         num_candidates (`int`, defaults to 16):
-            Previous tokens considered per slot.
+            Previous tokens considered per slot, at most 1024.
         branching (`int`, defaults to 16):
-            Next tokens considered per previous token.
+            Next tokens considered per previous token, at most 1024.
         draft_temperature (`float`, defaults to 1.0):
-            Of the draft, on top of the temperature of the call.
+            Of the draft, on top of the temperature of the call, from 0.001 to 1000.
         draft_window (`int`, *optional*):
             Committed tokens the drafter looks back on; None: all.
         draft_lm_head (`str`, *optional*):
@@ -78,16 +87,16 @@ KNOB_DEFAULTS: dict[str, Any] = {name: value for name, value in DEFAULT_KNOBS._a
 
 
 def _check(values: dict[str, Any]) -> None:
-    for name, least in LEAST.items():
+    for name, (least, most) in INTEGERS.items():
         value = values[name]
         if value is None and KNOB_DEFAULTS[name] is None:
             continue
-        if type(value) is not int or value < least:
+        if type(value) is not int or not least <= value <= most:
             auto = ", or 'auto'" if name == "tree_budget" else ""
-            raise ValueError(f"`{name}` must be an integer of at least {least}{auto}, got {value!r}.")
-    temperature = values["draft_temperature"]
-    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-        raise ValueError(f"`draft_temperature` must be a positive number, got {temperature!r}.")
+            raise ValueError(f"`{name}` must be an integer from {least} to {most}{auto}, got {value!r}.")
+    temperature, (coldest, hottest) = values["draft_temperature"], TEMPERATURES
+    if type(temperature) not in (int, float) or not coldest <= temperature <= hottest:
+        raise ValueError(f"`draft_temperature` must be a number from {coldest} to {hottest}, got {temperature!r}.")
     if values["draft_lm_head"] not in (None, "float8"):
         raise ValueError(f"`draft_lm_head` must be 'float8' or None, got {values['draft_lm_head']!r}.")
 

@@ -1,6 +1,7 @@
 """The TreeFlash drafter: a DFlash backbone, a head that conditions each token on the one before it, and one draft."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from .compat import CACHE
 from .configuration_treeflash import TreeFlashConfig
 from .draft_head import narrowed
 from .knobs import DEFAULT_KNOBS, KNOB_DEFAULTS, DraftingKnobs
+from .layouts import TARGETS_TENSORS
 from .rotary import rotary_embedding, rotations
 from .transitions import HeadRows, Transitions, top_log_probs
 
@@ -41,6 +43,8 @@ class TreeFlashPreTrainedModel(PreTrainedModel):
     main_input_name = "noise_embeds"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TreeFlashDecoderLayer"]
+    # What a file may carry of its target.
+    _keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(name)}$" for name in TARGETS_TENSORS]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -36,8 +36,18 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "causal_layers": ("none", "sliding", "all"),
     "window_rule": ("inclusive", "strict", "context", "anchor"),
 }
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYER_TYPES = ("full_attention", "sliding_attention")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+# By type, the parameters it cannot do without.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "proportional": (),
+}
 ROPE_NUMBERS: dict[str, tuple[float, float]] = {
     "rope_theta": (1.001, 1e15),
     "partial_rotary_factor": (1e-3, 1.0),
@@ -83,26 +93,63 @@ def check_numbers(config) -> None:
         raise ValueError(f"`hidden_act`: expected an activation of transformers, found {config.hidden_act!r}.")
     for index, layer in enumerate(config.target_layer_ids):
         check_range(f"target_layer_ids[{index}]", layer, *TARGET_LAYER_IDS, whole=True)
-    check_rope(config.rope_parameters, config.layer_types)
+    check_rope(config)
 
 
-def check_rope(parameters: dict[str, Any], layer_types: list[str]) -> None:
+def check_dtype(dtype: Any) -> None:
+    """Refuse the name of a dtype that weights are not stored in.
+
+    Raises:
+        ValueError: With what was found and what was expected.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"`dtype`: expected one of {', '.join(map(repr, DTYPES))}, found {dtype!r}.")
+
+
+def check_rope(config) -> None:
     """Check the numbers of the rotary embedding, or of one per kind of layer.
 
     Raises:
         ValueError: Naming the field, what was found and what was expected.
     """
-    own_kinds = dict.fromkeys(layer_types) if has_own_rope(parameters) else ()
+    parameters = config.rope_parameters or {}
+    own_kinds = dict.fromkeys(config.layer_types) if has_own_rope(parameters) else ()
     sets = {f"rope_parameters.{kind}": parameters.get(kind) for kind in own_kinds} or {"rope_parameters": parameters}
     for name, own in sets.items():
         if not isinstance(own, dict):
             raise ValueError(f"`{name}`: expected the parameters of a rotary embedding, found {own!r}.")
-        if own.get("rope_type") not in ROPE_TYPES:
-            expected = ", ".join(map(repr, ROPE_TYPES))
-            raise ValueError(f"`{name}.rope_type`: expected one of {expected}, found {own.get('rope_type')!r}.")
+        kind = own.get("rope_type")
+        if not isinstance(kind, str) or kind not in ROPE_TYPES:
+            raise ValueError(
+                f"`{name}.rope_type`: expected one of {', '.join(map(repr, ROPE_TYPES))}, found {kind!r}."
+            )
+        for field in ROPE_TYPES[kind]:
+            if own.get(field) is None:
+                raise ValueError(f"`{name}.{field}`: expected a value for rope type {kind!r}, found none.")
         for field, value in own.items():
             if field in ROPE_NUMBERS and value is not None:
                 check_range(f"{name}.{field}", value, *ROPE_NUMBERS[field])
+        check_frequencies(name, own, config.head_dim)
+
+
+def check_frequencies(name: str, own: dict[str, Any], head_dim: int) -> None:
+    """Refuse rotary parameters that do not give one frequency per pair of a head."""
+    rotated = int(head_dim * (own.get("partial_rotary_factor") or 1.0))
+    if rotated < 2 or rotated % 2:
+        raise ValueError(f"`{name}`: expected an even number of rotated entries per head, found {rotated}.")
+    for field in ("short_factor", "long_factor"):
+        factors = own.get(field)
+        if factors is None:
+            continue
+        if not isinstance(factors, list) or len(factors) != rotated // 2:
+            raise ValueError(f"`{name}.{field}`: expected a list of {rotated // 2} numbers, found {factors!r}.")
+        for index, factor in enumerate(factors):
+            check_range(f"{name}.{field}[{index}]", factor, *ROPE_NUMBERS["factor"])
+    if own["rope_type"] == "llama3" and own["low_freq_factor"] >= own["high_freq_factor"]:
+        raise ValueError(
+            f"`{name}.low_freq_factor`: expected less than `high_freq_factor` {own['high_freq_factor']}, found "
+            f"{own['low_freq_factor']}."
+        )
 
 
 def has_own_rope(parameters: dict[str, Any]) -> bool:
@@ -110,4 +157,4 @@ def has_own_rope(parameters: dict[str, Any]) -> bool:
     return any(kind in parameters for kind in LAYER_TYPES)
 
 
-__all__ = ["INTEGERS", "LAYER_TYPES", "check_numbers", "check_range", "has_own_rope"]
+__all__ = ["INTEGERS", "LAYER_TYPES", "check_dtype", "check_numbers", "check_range", "has_own_rope"]

@@ -63,7 +63,7 @@ def test_muse_glimmer_with_transformers_own_assistant(tmp_path):
     """The same weights draft here as in transformers' chain, on the bare embedding, and the text stays plain."""
     family = BY_NAME["Muse Glimmer"]
     target, native = family.build(), muse_assistant(tmp_path)
-    drafter = TreeFlashDraftModel.from_pretrained(tmp_path, vocab_size=24).eval()
+    drafter = TreeFlashDraftModel.from_pretrained(tmp_path).eval()
     check_greedy(target, drafter, family.inputs(3), suppress_tokens=[20, 21, 22, 23])
     noise, context = torch.randn(1, 8, 32), torch.randn(1, 30, 64)
     with torch.no_grad():

@@ -183,8 +183,8 @@ class OwnLinear(nn.Linear):
     [
         ({"draft_lm_head": "int4"}, "`draft_lm_head` must be 'float8' or None, got 'int4'"),
         ({"draft_lm_head": torch.float8_e4m3fn}, "`draft_lm_head` must be 'float8' or None"),
-        ({"draft_vocab": 0}, "`draft_vocab` must be an integer of at least 1, got 0"),
-        ({"draft_vocab": 64.0}, "`draft_vocab` must be an integer of at least 1, got 64.0"),
+        ({"draft_vocab": 0}, "`draft_vocab` must be an integer from 1 to 16777216, got 0"),
+        ({"draft_vocab": 64.0}, "`draft_vocab` must be an integer from 1 to 16777216, got 64.0"),
     ],
     ids=str,
 )

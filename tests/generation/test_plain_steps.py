@@ -292,7 +292,7 @@ def test_every_knob_is_heard_in_a_call(target, knobs, monkeypatch):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"tree_budget": 1}, "`tree_budget` must be an integer of at least 2"),
+        ({"tree_budget": 1}, "`tree_budget` must be an integer from 2 to 4096"),
         ({"draft_temperature": 0.0}, "`draft_temperature` must be"),
         ({"tree_budgets": 8}, "Unknown drafting knob `tree_budgets` in the call's"),
         ({"draft_temprature": 2.0}, "Unknown drafting knob `draft_temprature` in the call's"),

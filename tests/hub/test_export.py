@@ -151,16 +151,27 @@ def test_card_without_evaluation_says_that_nothing_is_known(tmp_path):
     assert "treeflash" not in ModelCard(text).data.tags
 
 
-@pytest.mark.parametrize("window", [None, 12])
-def test_speculators_form_reads_back_as_the_same_backbone(tmp_path, window):
-    layer_types = ["sliding_attention", "full_attention"] if window else None
-    drafter = tiny_drafter(sliding_window=window, layer_types=layer_types)
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"first_slot": 0},
+        {**SLIDING, "window_rule": "anchor"},
+        {**SLIDING, "window_rule": "anchor", "causal_layers": "sliding"},
+    ],
+    ids=str,
+)
+def test_speculators_form_reads_back_as_the_same_backbone(tmp_path, options):
+    drafter = tiny_drafter(**options)
     files = export_speculators(drafter, tmp_path, "acme/target", "Qwen3ForCausalLM")
     assert files == ["README.md", "config.json", "model.safetensors"]
     assert "**dropped**" in (tmp_path / "README.md").read_text()
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["aux_hidden_state_layer_ids"] == [1, 3]
-    assert stored["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
+    assert stored["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == drafter.config.num_drafted
     again = TreeFlashDraftModel.from_pretrained(tmp_path)
     assert again.ar_head is None
     backbone = {key: value for key, value in drafter.state_dict().items() if not key.startswith("ar_head.")}
@@ -173,8 +184,27 @@ def test_speculators_form_reads_back_as_the_same_backbone(tmp_path, window):
         "rope_parameters",
         "layer_types",
         "sliding_window",
+        "first_slot",
+        "causal_layers",
     ):
         assert getattr(again.config, field) == getattr(drafter.config, field)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({**SLIDING}, "window_rule"),
+        ({"causal_layers": "all"}, "causal_layers"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"output_multiplier": 0.5}, "output_multiplier"),
+        ({"draft_vocab_size": 12}, "draft_vocab_size"),
+    ],
+    ids=str,
+)
+def test_what_speculators_form_cannot_say_is_refused(tmp_path, options, field):
+    with pytest.raises(ValueError, match=f"cannot say how this drafter is run: its `{field}` is"):
+        export_speculators(tiny_drafter(**options), tmp_path / "out", "acme/target")
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_are_merged_into_a_copy(tmp_path):

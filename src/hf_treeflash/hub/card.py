@@ -113,7 +113,7 @@ def render_speculators_card(config, *, name: str, target_id: str) -> str:
     return (
         f"---\n{data}\n---\n\n# {escaped(name)}\n\n"
         f"The DFlash backbone of a drafter for `{escaped(target_id)}`, in the form of vLLM's speculators, "
-        f"to be served as a chain of up to {config.block_size - 1} tokens. {dropped}Trees need hf-treeflash and the "
+        f"to be served as a chain of up to {config.num_drafted} tokens. {dropped}Trees need hf-treeflash and the "
         "drafter this was made from.\n\nThe form follows the speculators config and reads back into hf-treeflash bit "
         "for bit; it was not run in vLLM.\n"
     )

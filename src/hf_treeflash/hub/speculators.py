@@ -7,6 +7,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ..configuration_treeflash import TreeFlashConfig
+from ..layouts import read_layout
 from .card import render_speculators_card
 from .export import merged
 from .folder import CARD, write_export
@@ -33,13 +35,14 @@ def export_speculators(
         `list[str]`: The files of the folder, relative to it.
 
     Raises:
-        ValueError: As [`export_drafter`] does.
+        ValueError: As [`export_drafter`] does, or if that form cannot say how the drafter is to be run.
     """
     drafter = merged(drafter)
     config = drafter.config
     state = drafter.state_dict()
     tensors = {key: value.contiguous() for key, value in state.items() if not key.startswith("ar_head.")}
     stored = _speculators_config(config, drafter.dtype, target_id, target_architecture)
+    _check_reads_back(config, stored)
 
     def write(place: Path) -> None:
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
@@ -69,7 +72,7 @@ def _speculators_config(config, dtype, target_id: str, target_architecture: str 
         "sliding_window",
         "layer_types",
     )
-    proposal = {"proposal_type": "greedy", "speculative_tokens": config.block_size - 1}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": config.num_drafted}
     return {
         "architectures": ["DFlashDraftModel"],
         "speculators_model_type": "dflash",
@@ -85,18 +88,32 @@ def _speculators_config(config, dtype, target_id: str, target_architecture: str 
         "transformer_layer_config": {
             "model_type": "qwen3",
             **{name: getattr(config, name) for name in layer_fields},
-            "rope_theta": config.rope_parameters["rope_theta"],
-            "use_sliding_window": config.sliding_window is not None,
+            "rope_theta": config.rope_parameters.get("rope_theta"),
+            "use_sliding_window": "sliding_attention" in config.layer_types,
         },
         "draft_vocab_size": config.vocab_size,
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         # States are numbered from the embedding on: layer l is entry l + 1.
         "aux_hidden_state_layer_ids": [layer + 1 for layer in config.target_layer_ids],
-        "sample_from_anchor": False,
-        "sliding_window_non_causal": config.sliding_window is not None,
+        "sample_from_anchor": config.first_slot == 0,
+        "sliding_window_non_causal": config.causal_layers == "none",
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def _check_reads_back(config, stored: dict[str, Any]) -> None:
+    """Refuse what would be run in another way by whoever reads the stored form."""
+    read = TreeFlashConfig(**read_layout(stored).values)
+    aside = {"ar_head", "num_target_layers", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
+    if "sliding_attention" not in config.layer_types:
+        aside.add("window_rule")
+    for name in sorted(set(TreeFlashConfig.__annotations__) - aside):
+        if getattr(read, name) != getattr(config, name):
+            raise ValueError(
+                f"The form of vLLM's speculators cannot say how this drafter is run: its `{name}` is "
+                f"{getattr(config, name)!r}, there it would be {getattr(read, name)!r}."
+            )
 
 
 __all__ = ["export_speculators"]
