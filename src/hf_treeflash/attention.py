@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .cache import PrefixCache
 from .memory import recall, remember, take
+from .taps import decoder_layers
 from .tree import DraftTree
 
 logger = logging.get_logger(__name__)
@@ -31,6 +32,13 @@ def attention_windows(config) -> dict[str | None, int | None]:
     if len(kinds) < len(set(layer_types)) and "sliding_attention" not in kinds:
         return {None: None}  # hybrids name their masks in many ways, but all take a single one
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def attention_dtype(target) -> torch.dtype:
+    """Return the dtype a target attends in: that of the largest weight of its layers, which others may differ from."""
+    layers = decoder_layers(target)
+    weights = [] if not layers else [weight for weight in layers[0].parameters() if weight.is_floating_point()]
+    return max(weights, key=torch.Tensor.numel).dtype if weights else target.dtype
 
 
 def within(queries: torch.Tensor, keys: torch.Tensor, reach: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from ..attention import (
     additive_mask,
+    attention_dtype,
     attention_windows,
     masked_attention,
     replaced_attention,
@@ -36,7 +37,7 @@ class KernelAttention:
 
     def __init__(self, model, starts: torch.Tensor, shapes: list[tuple[int, int, int]]):
         self.model, self.starts = model, starts
-        self.config = model.config.get_text_config(decoder=True)
+        self.config, self.dtype = model.config.get_text_config(decoder=True), attention_dtype(model)
         supported = getattr(model, "_supports_attention_backend", False) and not model.training
         tileable = all(key == value and is_tileable(key) for _, key, value in shapes)
         self.by_kernel = bool(supported) and tileable and use_triton(starts)
@@ -78,7 +79,7 @@ class TreeAttention(KernelAttention):
             return {"attention_mask": words, "tree_prefix": lengths, "tree_start": self.starts}
         masks = {
             kind: additive_mask(
-                dense_tree_mask(tree.ancestor_words, lengths, self.starts, span, window), self.model.dtype
+                dense_tree_mask(tree.ancestor_words, lengths, self.starts, span, window), self.dtype
             )
             for kind, window in attention_windows(self.config).items()
         }
