@@ -275,8 +275,9 @@ class TreeDecoding:
         ids = self.sequences.padded(self.generation_config._pad_token_tensor)
         steps = ids.shape[1] - self.sequences.prompt_length
         run_last = functools.partial(self._run_last, state.first_positions)
-        state.prefix.restore_rows(state.prompt_columns + steps - 1, run_last)
-        if len(self.acceptance_lengths) == 1:
+        single = len(self.acceptance_lengths) == 1  # its columns are as it left them
+        state.prefix.restore_rows(None if single else state.prompt_columns + steps - 1, run_last)
+        if single:
             text, pending = self.sequences.prefix(0), Context.joined(state.pending)
             remember_context(cache, self.drafter, text, self.generator.prefix, pending)
         if self.streamer is not None:
