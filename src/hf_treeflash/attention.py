@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .cache import PrefixCache
 from .compat import on_cpu
 from .memory import recall, remember, take
+from .taps import decoder_layers
 from .tree import DraftTree
 
 logger = logging.get_logger(__name__)
@@ -39,6 +40,13 @@ def attention_windows(config) -> dict[str | None, int | None]:
     if len(windows) < len(set(layer_types)) and not any(windows.values()):
         return {None: None}  # hybrids name their masks in many ways, but all take a single one
     return windows
+
+
+def attention_dtype(target) -> torch.dtype:
+    """Return the dtype a target attends in: that of the largest weight of its layers, which others may differ from."""
+    layers = decoder_layers(target)
+    weights = [] if not layers else [weight for weight in layers[0].parameters() if weight.is_floating_point()]
+    return max(weights, key=torch.Tensor.numel).dtype if weights else target.dtype
 
 
 def within(queries: torch.Tensor, keys: torch.Tensor, reach: int) -> torch.Tensor:

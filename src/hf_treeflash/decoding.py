@@ -20,7 +20,7 @@ from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
 from .outputs import Recorder
-from .probe import plain_step
+from .plain import plain_step
 from .protocols import Drafter, Target
 from .round_state import RoundState
 from .rows import Rows
@@ -32,6 +32,10 @@ from .walker import Walker
 
 # What a verify pass sets itself, or only the prompt needs.
 PROMPT_KWARGS = {"attention_mask", "position_ids", CACHE, "inputs_embeds", "logits_to_keep"}
+
+
+class NoCache(ValueError):
+    """A target keeps nothing of what it reads."""
 
 
 class TreeDecoding:
@@ -147,14 +151,21 @@ class TreeDecoding:
         earlier = take_context(kwargs[CACHE], self.drafter, self.input_ids)
         outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs | taps.model_kwargs)
         self.recorder.prefill(outputs)
-        cache, mask, batch = outputs[CACHE], kwargs.get("attention_mask"), len(self.input_ids)
+        cache, mask, batch = outputs.get(CACHE), kwargs.get("attention_mask"), len(self.input_ids)
+        if cache is None or not any(layer.is_initialized for layer in cache.layers):
+            raise NoCache(f"{type(self.target).__name__} keeps no cache of what it reads")
         prefix = PrefixCache(
             cache,
             None if mask is None else mask.bool(),
             Rows(batch) if outlives else None,
             rewinds=self.sequences.may_overrun,
         )
-        state = RoundState.after_prompt(self.input_ids, mask, kwargs["position_ids"], prefix, taps.take(outputs), taps)
+        states = taps.take(outputs)
+        positions = kwargs.get("position_ids")
+        if positions is None:  # a target that hides what its forward takes counts for itself
+            positions = torch.arange(prefix.length - states.shape[1], prefix.length, device=states.device)[None]
+        state = RoundState.after_prompt(self.input_ids, mask, positions, prefix, states, taps)
+        self.vocab_size = outputs.logits.shape[-1]
         if earlier is not None:
             self.generator.prefix, pending = earlier
             state.pending = [Context.joined([pending, *state.pending])]
@@ -187,9 +198,11 @@ class TreeDecoding:
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
         """Return for some rows of the call what can say which tokens may follow their texts."""
-        vocab_size, texts = self.verifier.config.vocab_size, self.sequences
+        texts = self.sequences
         return [
-            Lookahead(self.processor.by_row[row], row, texts.prefix(row), vocab_size, texts.room(row), texts.eos_ids)
+            Lookahead(
+                self.processor.by_row[row], row, texts.prefix(row), self.vocab_size, texts.room(row), texts.eos_ids
+            )
             for row in rows
         ]
 
@@ -272,8 +285,9 @@ class TreeDecoding:
         ids = self.sequences.padded(self.generation_config._pad_token_tensor)
         steps = ids.shape[1] - self.sequences.prompt_length
         run_last = functools.partial(self._run_last, state.first_positions)
-        state.prefix.restore_rows(state.prompt_columns + steps - 1, run_last)
-        if len(self.acceptance_lengths) == 1:
+        single = len(self.acceptance_lengths) == 1  # its columns are as it left them
+        state.prefix.restore_rows(None if single else state.prompt_columns + steps - 1, run_last)
+        if single:
             text, pending = self.sequences.prefix(0), Context.joined(state.pending)
             remember_context(cache, self.drafter, text, self.generator.prefix, pending)
         if self.streamer is not None:
@@ -301,4 +315,4 @@ class TreeDecoding:
             self.verifier(root_only(tokens), prefix, positions, self.forward_kwargs)
 
 
-__all__ = ["PROMPT_KWARGS", "TreeDecoding"]
+__all__ = ["PROMPT_KWARGS", "NoCache", "TreeDecoding"]

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import PrefixCache, recording_past
-from .compat import CACHE
 from .memory import recall, remember
+from .plain import plain_step
 from .storage import StoredLayer
 from .tree import DraftTree
 from .verify import Verifier
@@ -22,27 +21,6 @@ SMALL_BUFFER = 1 << 16  # elements; larger ones are weights
 SHARED_PASS = "what a token gives depends on what else is in its pass"
 OTHER_PREFIX = "a node of a tree does not see just its ancestors, or does not stand where its depth says"
 MOVING = "the same pass twice does not give the same: it keeps a state, or draws random numbers"
-
-
-def plain_step(target, cache, input_ids: torch.Tensor, model_kwargs: dict, new_tokens: int):
-    """Run the target over the newest token of each row exactly as plain decoding does.
-
-    Args:
-        target ([`PreTrainedModel`]):
-            The target.
-        cache ([`Cache`]):
-            Of all that stands before these tokens.
-        input_ids (`torch.LongTensor` of shape `(batch, length)`):
-            The texts, the newest tokens included.
-        model_kwargs (`dict`):
-            What `generate` prepared for the prompts.
-        new_tokens (`int`):
-            Tokens since then, the newest included.
-    """
-    before = CausalLMOutputWithPast(**{CACHE: cache})
-    model_kwargs = target._update_model_kwargs_for_generation(before, dict(model_kwargs), num_new_tokens=new_tokens)
-    inputs = target.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-    return target(**inputs, return_dict=True)
 
 
 class Probe:
@@ -223,4 +201,4 @@ def kept_state(model) -> Iterator[None]:
             torch.set_rng_state(random)
 
 
-__all__ = ["Probe", "plain_step"]
+__all__ = ["Probe"]

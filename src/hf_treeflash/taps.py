@@ -122,7 +122,7 @@ class Taps:
             if threading.get_ident() == self.owner:
                 # A layer gives its state, alone or first in a tuple; a decoder names it.
                 state = getattr(output, "last_hidden_state", output)
-                self.latest[layer_id] = state[0] if isinstance(state, tuple) else state
+                self.latest[layer_id] = state[0] if isinstance(state, tuple | list) else state
 
         return hook
 

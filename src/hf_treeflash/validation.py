@@ -13,6 +13,8 @@ from .knobs import DraftingKnobs
 from .protocols import Drafter, Target
 from .taps import decoder_layers
 
+PADDED_ROWS = 256  # that padding or new tokens may add to a vocabulary
+
 
 def check_drafter(drafter: Drafter) -> None:
     """Refuse a drafter without weights, or whose config was changed into something it was not built for.
@@ -39,9 +41,12 @@ def check_pair(target: Target, drafter: Drafter) -> None:
         ValueError: Naming the field, the drafter's value and the target's.
     """
     config, draft = target.config.get_text_config(decoder=True), drafter.config
-    for field in ("hidden_size", "vocab_size"):
-        # A checkpoint that does not name its vocabulary was made for its target's.
-        if getattr(draft, field) not in (None, getattr(config, field)):
+    fits = {
+        "hidden_size": draft.hidden_size == config.hidden_size,
+        "vocab_size": fits_vocabulary(draft.vocab_size, config.vocab_size),
+    }
+    for field, does in fits.items():
+        if not does:
             raise ValueError(
                 f"The drafter does not fit this target: its `{field}` is {getattr(draft, field)}, the target's is "
                 f"{getattr(config, field)}. Load the drafter that was trained for this target."
@@ -106,10 +111,27 @@ def check_target(target: Target) -> None:
         )
     if home_of(target.get_input_embeddings()).type == "meta":
         raise ValueError("The target has no weights: it is on the meta device. Load it with `from_pretrained`.")
-    if "position_ids" not in inspect.signature(target.forward).parameters:
+    if not takes_positions(target):
         raise ValueError(
             f"{type(target).__name__} takes no `position_ids`, which the nodes of a tree need: siblings share one."
         )
+
+
+def takes_positions(target: Target) -> bool:
+    """Whether a target's forward takes `position_ids`, be it behind one that passes on whatever it is given."""
+    own = inspect.signature(target.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+        forwards = [vars(kind)["forward"] for kind in type(target).__mro__ if "forward" in vars(kind)]
+    else:
+        forwards = [target.forward]
+    return any("position_ids" in inspect.signature(forward).parameters for forward in forwards)
+
+
+def fits_vocabulary(drafter_size: int | None, target_size: int) -> bool:
+    """Whether a vocabulary is a drafter's, or that with rows padded or cut: nothing in a drafter has this size."""
+    if drafter_size is None:  # a checkpoint that does not name it was made for its target's
+        return True
+    return -max(1, target_size // 50) <= target_size - drafter_size < PADDED_ROWS
 
 
 def check_adapters(target) -> None:
@@ -219,8 +241,6 @@ def check_call(
             f"A TreeFlash drafter works with greedy decoding and sampling, not with {generation_mode.value}; "
             "set `num_beams=1`."
         )
-    if generation_config.num_return_sequences > 1:
-        raise ValueError("`num_return_sequences` must be 1 with a TreeFlash drafter; repeat the prompt in the batch.")
     if getattr(generation_config, "assistant_early_exit", None) is not None:
         raise ValueError("`assistant_early_exit` drafts with the target itself; leave it out beside a drafter.")
     if mode_kwargs.get("synced_gpus"):

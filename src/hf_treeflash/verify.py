@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from transformers.utils import logging
 
-from .attention import attention_windows, other_attention, replaced_attention, tree_masks, without_plans
+from .attention import (
+    attention_dtype,
+    attention_windows,
+    other_attention,
+    replaced_attention,
+    tree_masks,
+    without_plans,
+)
 from .cache import PrefixCache
 from .compat import CACHE
 from .hybrids import recurrent_layers
@@ -73,7 +80,7 @@ class Verifier:
         # Looked up once: each look-up costs as much as a small tensor operation.
         self.config = target.config.get_text_config(decoder=True)
         self.windows = attention_windows(self.config)
-        self.dtype = target.dtype
+        self.dtype = attention_dtype(target)
         self.recurrent = recurrent_layers(self.config)
         if self.recurrent is not None:
             self.recurrent.install(target)

@@ -7,11 +7,11 @@ import time
 
 import pytest
 import torch
+from tests.tiny import prompt
 
 from hf_treeflash.knobs import KNOB_DEFAULTS
 from tests.layouts.published import FULL, READ, SLIDING
 from tests.layouts.rounds import load, make_target, write
-from tests.tiny import prompt
 
 CASES, SEED, LONGEST = 520, 17, 5.0  # seconds
 VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 10**9, 10**18, 2**63, -(2**63), 0.5, -0.5, 1e-300, 1e308]

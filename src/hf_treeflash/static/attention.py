@@ -7,6 +7,7 @@ import torch
 
 from ..attention import (
     additive_mask,
+    attention_dtype,
     attention_windows,
     masked_attention,
 )
@@ -35,7 +36,7 @@ class KernelAttention:
 
     def __init__(self, model, starts: torch.Tensor, shapes: list[tuple[int, int, int]]):
         self.model, self.starts = model, starts
-        self.config = model.config.get_text_config(decoder=True)
+        self.config, self.dtype = model.config.get_text_config(decoder=True), attention_dtype(model)
         self.by_kernel = fits_kernel(model, shapes, starts)
 
     @property
@@ -72,9 +73,7 @@ class TreeAttention(KernelAttention):
             words = tree.ancestor_words[:, None]
             return {"attention_mask": words, "tree_prefix": lengths, "tree_start": self.starts}
         masks = {
-            kind: additive_mask(
-                dense_tree_mask(tree.ancestor_words, lengths, self.starts, span, window), self.model.dtype
-            )
+            kind: additive_mask(dense_tree_mask(tree.ancestor_words, lengths, self.starts, span, window), self.dtype)
             for kind, window in attention_windows(self.config).items()
         }
         return {"attention_mask": masks[None] if None in masks else masks}
