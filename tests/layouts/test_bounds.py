@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from tests.tiny import prompt
 
 from hf_treeflash.knobs import KNOB_DEFAULTS
+from tests.helpers.tiny import prompt
 from tests.layouts.published import FULL, READ, SLIDING
 from tests.layouts.rounds import load, make_target, write
 
