@@ -206,7 +206,7 @@ class TreeDecoding:
         return max(self.drafter.config.num_drafted, 0 if self.lookup is None else self.lookup.tokens)
 
     def draw_noise(self, noise: torch.Tensor) -> torch.Tensor:
-        """Return what the draws of a block's tokens add to logits, given their noise of shape `(rows, tokens, vocab)`."""
+        """Return what the draws of a block's tokens add to logits, given their noise `(rows, tokens, vocab)`."""
         return noise[:, : self.drafter.config.num_drafted].log() * -self.temperature
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:

@@ -8,9 +8,9 @@ import torch
 class Noise:
     """The exponential noise of a call's draws; the token with the largest `probability / noise` is drawn.
 
-    That is how `torch.multinomial` draws one token. Plain `generate` makes noise of shape `(batch, vocab)` per step, and
-    row `r` draws its token `t` with row `r` of the noise of step `t`. So it does here, however far rows are apart, and
-    the same seed gives the same text.
+    That is how `torch.multinomial` draws one token. Plain `generate` makes noise of shape `(batch, vocab)` per step,
+    and row `r` draws its token `t` with row `r` of the noise of step `t`. So it does here, however far rows are apart,
+    and the same seed gives the same text.
 
     Noise is made ahead by a generator of our own, from the states that the device's default generator will be in. That
     one stands at every time where plain `generate` would have left it after the longest text so far. If something else

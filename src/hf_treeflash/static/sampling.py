@@ -50,8 +50,8 @@ def choose(
 ) -> torch.Tensor:
     """Choose the token after every node.
 
-    Nodes of one depth share the noise of the token they stand for: the walk meets one of them, so each emitted token is
-    an independent draw of the target's distribution.
+    Nodes of one depth share the noise of the token they stand for: the walk meets one of them, so each emitted token
+    is an independent draw of the target's distribution.
 
     Args:
         logits (`torch.Tensor` of shape `(batch, nodes, vocab)`):
