@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from .compat import on_cpu
+
 
 class Noise:
     """The exponential noise of a call's draws; the token with the largest `probability / noise` is drawn.
@@ -48,18 +50,25 @@ class Noise:
                 At most `capacity`.
         """
         self.make(rows, tokens)
-        index = torch.tensor([[(self.taken[row] + i) % self.capacity for i in range(tokens)] for row in rows])
-        places = torch.tensor([self.places[row] for row in rows])
-        return self.buffer[places.to(self.buffer.device)[:, None], index.to(self.buffer.device)]
+        if len(rows) == 1:  # without the host's lists on their way to the device
+            first = self.taken[rows[0]] % self.capacity
+            if first + tokens <= self.capacity:
+                return self.buffer[None, self.places[rows[0]], first : first + tokens]
+        index = torch.tensor([[(self.taken[row] + step) % self.capacity for step in range(tokens)] for row in rows])
+        places = torch.tensor([[self.places[row]] for row in rows])
+        return self.buffer[places.to(self.device), index.to(self.device)]
 
-    def draw(self, row: int, scores: torch.Tensor) -> int:
-        """Draw a row's next token as plain `generate` would.
+    def draw(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
+        """Draw the next token of some rows as plain `generate` would.
 
         Args:
-            row (`int`):
-                Row of the call.
-            scores (`torch.FloatTensor` of shape `(1, vocab_size)`):
-                Processed logits.
+            rows (`list[int]`):
+                Rows of the call.
+            scores (`torch.FloatTensor` of shape `(rows, vocab_size)`):
+                Their processed logits.
+
+        Returns:
+            `torch.LongTensor` of shape `(rows,)`.
 
         Raises:
             RuntimeError: As plain `generate` does, where scores are no distribution.
@@ -68,21 +77,19 @@ class Noise:
             self._restart()
         if self.buffer is None:
             self.buffer = scores.new_empty(self.batch, self.capacity, scores.shape[1])
-        self.make([row], 1)
         probabilities = scores.softmax(dim=-1)
-        noise = self.buffer[self.places[row], self.taken[row] % self.capacity]
-        best, token = (probabilities / noise).max(dim=-1)
-        token = int(token.masked_fill_(best.isnan(), -1))
-        if token < 0:
-            return int(torch.multinomial(probabilities, num_samples=1))  # says what is wrong
-        self.use(row)
-        return token
+        best, tokens = (probabilities / self.ahead(rows, 1)[:, 0]).max(dim=-1)
+        if on_cpu(self.device) and bool(best.isnan().any()):
+            torch.multinomial(probabilities, num_samples=1)  # says what is wrong
+        self.use(rows)
+        return tokens
 
-    def use(self, row: int) -> None:
-        """Count a row's next token as drawn."""
-        self.taken[row] += 1
-        if self.taken[row] > self.longest:
-            self.leave(self.taken[row])
+    def use(self, rows: list[int]) -> None:
+        """Count the next token of some rows as drawn."""
+        for row in rows:
+            self.taken[row] += 1
+        if max(self.taken) > self.longest:
+            self.leave(max(self.taken))
 
     def leave(self, steps: int) -> None:
         """Put the default generator where plain `generate` leaves it after so many steps."""
