@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import StoppingCriteriaList
 
-from hf_treeflash import decoding, modeling_treeflash
+from hf_treeflash import decoding
 from hf_treeflash.lookup import PromptLookup, graft
 from hf_treeflash.memory import recall
 from hf_treeflash.sequences import Sequences
