@@ -35,8 +35,6 @@ class TreeFlashCandidateGenerator:
             The target's output layer, called as a module.
         generation_config ([`GenerationConfig`], *optional*):
             The call's; drafting knobs in it go before the drafter's own.
-        temperature (`float`, *optional*, defaults to 1.0):
-            Temperature the call samples with: the tree ranks by what the target is likely to draw.
         output_scale ([`OutputScale`], *optional*):
             What target and drafter do to the products of the output layer; nothing by default.
     """
@@ -47,7 +45,6 @@ class TreeFlashCandidateGenerator:
         main_model_input_embeddings: nn.Module,
         main_model_output_embeddings: nn.Module,
         generation_config: GenerationConfig | None = None,
-        temperature: float = 1.0,
         output_scale: OutputScale | None = None,
     ):
         self.drafter = assistant_model
@@ -55,7 +52,6 @@ class TreeFlashCandidateGenerator:
         # Looked up once: each look-up walks all parameters.
         self.device, self.dtype = assistant_model.device, assistant_model.dtype
         self.embedding_device = home_of(self.target_embed)
-        self.temperature = temperature
         self.knobs = DraftingKnobs.read(assistant_model.generation_config, generation_config)
         own_head = getattr(assistant_model, "draft_lm_head", None)  # of a reduced vocabulary
         lm_head = main_model_output_embeddings if own_head is None else own_head
@@ -80,6 +76,7 @@ class TreeFlashCandidateGenerator:
         permitted: list[Lookahead] | None = None,
         lookup: tuple[list[list[int]], list[list[float]]] | None = None,
         tree_budget: int | None = None,
+        draw_noise: torch.Tensor | None = None,
     ) -> DraftTree:
         """Read the new context and draft the trees of one round.
 
@@ -94,12 +91,14 @@ class TreeFlashCandidateGenerator:
                 For each row a chain of tokens to graft into its tree, and the probability of each token.
             tree_budget (`int`, *optional*):
                 Nodes per tree, by default those of the knobs.
+            draw_noise (`torch.FloatTensor` of shape `(batch, config.num_drafted, vocab)`, *optional*):
+                What the target's draws of the coming tokens will add to its logits, see `draft`.
 
         Returns:
             [`DraftTree`]
         """
         budget = tree_budget or self.knobs.tree_budget
-        proposal = self._propose(anchor_ids, context, budget)
+        proposal = self._propose(anchor_ids, context, budget, draw_noise)
         if permitted is None and lookup is None:
             return build_tree(proposal, anchor_ids, budget)
         tables = build_tables(proposal.rows(), anchor_ids, budget, permitted)
@@ -110,7 +109,9 @@ class TreeFlashCandidateGenerator:
             tables = [graft(*row, budget) for row in zip(tables, chains, trusts, strict=True)]
         return tree_from_tables(tables)
 
-    def _propose(self, anchor_ids: torch.Tensor, context: Context, budget: int) -> Proposal:
+    def _propose(
+        self, anchor_ids: torch.Tensor, context: Context, budget: int, draw_noise: torch.Tensor | None
+    ) -> Proposal:
         """Run the drafter, whose cache keeps the context and drops the block."""
         window = self.knobs.draft_window
         context = context if window is None else context.last(window)
@@ -129,7 +130,7 @@ class TreeFlashCandidateGenerator:
                 ),  # (batch, length + slots)
                 cache=self.prefix.cache,
                 knobs=self.knobs,
-                temperature=self.temperature,
+                draw_noise=None if draw_noise is None else draw_noise.to(self.draft_head.device),
                 # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes. The
                 # anchor's row comes on top: products of 17 rows cost a quarter more than of 16.
                 on_demand=budget - 1 if on_cpu(self.device) else None,

@@ -19,6 +19,7 @@ from .lockstep import LockstepWalker, advances_together
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
 from .lookup import PromptLookup
+from .noise import Noise
 from .outputs import Recorder
 from .plain import plain_step
 from .protocols import Drafter, Target
@@ -71,21 +72,22 @@ class TreeDecoding:
         self.prunes = bool(askable(logits_processor))
         self.recorder = Recorder(generation_config, batch)
         self.exactness = Exactness(self.verifier, model_kwargs, self.forward_kwargs)
-        walks = self.processor, self.sequences, self.recorder, streamer, generation_config.do_sample, input_ids.device
-        self.together = advances_together(batch, logits_processor, stopping_criteria, streamer, self.forward_kwargs)
-        self.walker = LockstepWalker(generation_config._pad_token_tensor, *walks) if self.together else Walker(*walks)
         self.acceptance_lengths: list[list[int]] = [[] for _ in range(batch)]
         self.generator = TreeFlashCandidateGenerator(
             drafter,
             target.get_input_embeddings(),
             target.get_output_embeddings(),
             generation_config,
-            temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
             output_scale=OutputScale.of(self.verifier.config, drafter.config),
         )
         self.auto = auto_budget(drafter, batch) if self.generator.knobs.is_auto else None
         quotes = generation_config.prompt_lookup_num_tokens is not None
         self.lookup = PromptLookup(generation_config, batch) if quotes else None
+        self.temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
+        self.noise = Noise(batch, 2 * self.tokens_ahead, input_ids.device) if self.temperature > 0 else None
+        walks = self.processor, self.sequences, self.recorder, streamer, self.noise, input_ids.device
+        self.together = advances_together(batch, logits_processor, stopping_criteria, streamer, self.forward_kwargs)
+        self.walker = LockstepWalker(generation_config._pad_token_tensor, *walks) if self.together else Walker(*walks)
 
     def run(self):
         """Decode until every row is finished; return what `generate` returns."""
@@ -184,17 +186,28 @@ class TreeDecoding:
         room = self.exactness.room(state, self.sequences)
         if room == 1 or (self.auto is not None and not self.auto.drafts()):
             return root_only(state.anchor_ids)  # its context is read with the next draft
+        noise = None if self.noise is None else self.noise.ahead(state.rows, self.tokens_ahead)
         tree = self.generator.draft_tree(
             state.anchor_ids,
             Context.joined(state.pending),
             self.lookaheads(state.rows) if self.prunes else None,
-            None if self.lookup is None else self.lookup.find(state.rows, self.sequences),
+            None if self.lookup is None else self.lookup.find(state.rows, self.sequences, noise),
             None if self.auto is None else self.auto.limit,
+            None if noise is None else self.draw_noise(noise),
         )
         state.pending = []
         if self.auto is not None:
             tree = tree.first(self.auto.size(tree))
         return self.walker.prepared(tree.first(room).to(state.anchor_ids.device))
+
+    @property
+    def tokens_ahead(self) -> int:
+        """Tokens whose draws a round wants to know: as many as a path below the root can have."""
+        return max(self.drafter.config.num_drafted, 0 if self.lookup is None else self.lookup.tokens)
+
+    def draw_noise(self, noise: torch.Tensor) -> torch.Tensor:
+        """Return what the draws of a block's tokens add to logits, given their noise `(rows, tokens, vocab)`."""
+        return noise[:, : self.drafter.config.num_drafted].log() * -self.temperature
 
     def lookaheads(self, rows: list[int]) -> list[Lookahead]:
         """Return for some rows of the call what can say which tokens may follow their texts."""
@@ -284,6 +297,8 @@ class TreeDecoding:
         cache = state.prefix.cache
         ids = self.sequences.padded(self.generation_config._pad_token_tensor)
         steps = ids.shape[1] - self.sequences.prompt_length
+        if self.noise is not None:
+            self.noise.leave(steps)
         run_last = functools.partial(self._run_last, state.first_positions)
         single = len(self.acceptance_lengths) == 1  # its columns are as it left them
         state.prefix.restore_rows(None if single else state.prompt_columns + steps - 1, run_last)
@@ -299,6 +314,8 @@ class TreeDecoding:
     def _end_round(self, state: RoundState, verdicts: list[Verdict]) -> None:
         """Set the next anchors, and take rows that are finished out of the batch: they cost nothing from here on."""
         state.advance(verdicts)
+        if self.noise is not None:
+            self.noise.finish([row for row, verdict in zip(state.rows, verdicts, strict=True) if verdict.finished])
         kept = [index for index, verdict in enumerate(verdicts) if not verdict.finished]
         if not kept:
             state.rows = []

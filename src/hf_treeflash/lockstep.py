@@ -114,8 +114,8 @@ class LockstepWalker(Walker):
         scores = self.processor(texts.ids, raw)
         for row in range(len(raw)):
             self.recorder.token(row, scores[row, None], raw[row, None])
-        if self.do_sample:
-            token_ids = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        if self.noise is not None:
+            token_ids = self.noise.draw(list(range(len(raw))), scores)
         else:
             token_ids = scores.argmax(dim=-1)
         if texts.pads:

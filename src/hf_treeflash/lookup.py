@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from transformers import GenerationConfig
 
 from .sequences import Sequences
@@ -40,7 +41,9 @@ class PromptLookup:
         self.tried = [4.0] * (self.longest + 1)
         self.agreed = [4.0 * match / (match + 1.5) for match in range(self.longest + 1)]
 
-    def find(self, rows: list[int], sequences: Sequences) -> tuple[list[list[int]], list[list[float]]]:
+    def find(
+        self, rows: list[int], sequences: Sequences, noise: torch.Tensor | None = None
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """Return the tokens that followed each row's latest ones before, and the probability of each.
 
         Args:
@@ -48,6 +51,8 @@ class PromptLookup:
                 Rows of the call that are still being written.
             sequences ([`Sequences`]):
                 The texts so far.
+            noise (`torch.FloatTensor` of shape `(rows, tokens, vocab)`, *optional*):
+                Of the draws of the coming tokens, see [`Noise`].
         """
         for row in rows:
             text = self.texts[row]
@@ -55,7 +60,10 @@ class PromptLookup:
             place, self.matches[row] = text.longest_match(self.longest)
             room = min(self.tokens, sequences.room(row) - 1)
             self.chains[row] = text.token_ids[place : place + room] if self.matches[row] else []
-        return [self.chains[row] for row in rows], [self.trusts(row) for row in rows]
+        chains, trusts = [self.chains[row] for row in rows], [self.trusts(row) for row in rows]
+        if noise is not None:
+            trusts = [trusts_given(*row) for row in zip(noise, chains, trusts, strict=True)]
+        return chains, trusts
 
     def trusts(self, row: int) -> list[float]:
         """Return the probability of each token of a row's chain, given those before it."""
@@ -107,6 +115,22 @@ class IndexedText:
         return best, length
 
 
+def trusts_given(noise: torch.Tensor, chain: list[int], trusts: list[float]) -> list[float]:
+    """Return the probability of each token of a chain once the noise of its draw is known.
+
+    A token of probability `p` is drawn if `p / noise` exceeds the maximum of all others, whose noise stays unknown
+    here: of `exp(-noise * (1 - p) / p)`, the mean over the noise is `p`.
+
+    Args:
+        noise (`torch.FloatTensor` of shape `(tokens, vocab)`):
+            Of the draws of the coming tokens.
+        chain (`list[int]`), trusts (`list[float]`):
+            Tokens, and their probabilities before anything is known of the draws.
+    """
+    own = noise[torch.arange(len(chain)), torch.tensor(chain, dtype=torch.long)].tolist()
+    return [math.exp(-value * (1 - trust) / trust) for value, trust in zip(own, trusts, strict=True)]
+
+
 def graft(node: NodeTable, chain: list[int], trusts: list[float], tree_budget: int) -> NodeTable:
     """Merge a chain into a tree under one budget: the most probable nodes of both stay.
 
@@ -127,7 +151,7 @@ def graft(node: NodeTable, chain: list[int], trusts: list[float], tree_budget: i
         paths[walked[-1]] = score
     score = 0.0
     for depth, trust in enumerate(trusts[: len(chain)], start=1):
-        score += math.log(trust)
+        score += math.log(max(trust, 1e-9))
         path = tuple(chain[:depth])
         paths[path] = max(score, paths.get(path, score))
     # A better child lifts its ancestors, so that the selection stays closed under parents.

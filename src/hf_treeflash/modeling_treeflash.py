@@ -172,7 +172,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         cache: Cache | None = None,
         knobs: DraftingKnobs = DEFAULT_KNOBS,
-        temperature: float = 1.0,
+        draw_noise: torch.Tensor | None = None,
         on_demand: int | None = None,
         **kwargs,
     ) -> Transitions | HeadRows:
@@ -189,8 +189,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 How many candidates and next tokens to consider, and how. With `draft_vocab` only the union of every
                 slot's own `draft_vocab` most likely tokens is scored after each candidate, and probabilities are
                 shares of these; `lm_head` then takes the tokens to score as a second argument.
-            temperature (`float`, *optional*, defaults to 1.0):
-                Of the call, which `draft_temperature` comes on top of.
+            draw_noise (`torch.FloatTensor` of shape `(batch, config.num_drafted, vocab)`, *optional*):
+                What the target's draw of each token will add to its logits: Gumbel noise times the temperature of the
+                call. Candidates and next tokens are ranked by `(logits + draw_noise) / draft_temperature`.
             on_demand (`int`, *optional*):
                 Compute only about this many rows of the head now and the others when they are asked for; pays where
                 the tree is built on the host beside the drafter.
@@ -202,26 +203,33 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
         Source: stages 1 and 2 of arXiv 2606.03819.
         """
-        temperature, branching = temperature * knobs.draft_temperature, knobs.branching
+        temperature, branching = knobs.draft_temperature, knobs.branching
+        if draw_noise is not None and self.config.draft_vocab_size is not None:
+            draw_noise = draw_noise[..., self.target_ids(torch.arange(len(self.d2t), device=self.d2t.device))]
         masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))  # (batch, slots, hidden_size)
         hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs)
         hidden = hidden[:, self.config.first_slot :]  # (batch, depth, hidden_size)
         normed = self.norm(hidden)
         if self.ar_head is None:
-            marginal = Transitions.marginal(lm_head(normed), branching, temperature)
+            marginal = Transitions.marginal(lm_head(normed), branching, temperature, draw_noise)
             return marginal._replace(token_ids=self.target_ids(marginal.token_ids))
 
         # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
         links = hidden.shape[1] - 1
         marginals = lm_head(normed[:, :links] if knobs.draft_vocab is None else normed)  # (batch, links, vocab)
+        if draw_noise is not None:
+            marginals = marginals + draw_noise[:, : marginals.shape[1]]
         shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], knobs.num_candidates, temperature)
         shortlist = self.target_ids(shortlist)  # (batch, links, candidates)
         row_head, vocabulary = narrowed(lm_head, marginals, knobs.draft_vocab)
+        if draw_noise is not None:
+            draw_noise = draw_noise if vocabulary is None else draw_noise[..., vocabulary]
+            draw_noise = draw_noise if on_demand is None else draw_noise.flatten(0, 1)[None]  # see `HeadRows`
 
         def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
             corrected = self.correct(hidden, normed, previous_embeds, slots)
-            token_ids, log_probs = top_log_probs(row_head(corrected), branching, temperature)
+            token_ids, log_probs = top_log_probs(row_head(corrected), branching, temperature, draw_noise, slots)
             return self.target_ids(token_ids if vocabulary is None else vocabulary[token_ids]), log_probs
 
         if on_demand is not None:

@@ -81,17 +81,19 @@ class Transitions(NamedTuple):
     next_row: torch.Tensor
 
     @classmethod
-    def marginal(cls, logits: torch.Tensor, branching: int, temperature: float) -> "Transitions":
+    def marginal(
+        cls, logits: torch.Tensor, branching: int, temperature: float, draw_noise: torch.Tensor | None = None
+    ) -> "Transitions":
         """Build the one-row transitions of a drafter without a head.
 
         Args:
             logits (`torch.Tensor` of shape `(batch, depth, vocab)`):
                 Of the slots after the anchor.
-            branching (`int`), temperature (`float`):
+            branching (`int`), temperature (`float`), draw_noise (`torch.FloatTensor`, *optional*):
                 See [`top_log_probs`].
         """
-        # Both are (batch, depth, 1, branching).
-        token_ids, log_probs = top_log_probs(logits[:, :, None], branching, temperature)
+        top = top_log_probs(logits, branching, temperature, draw_noise)
+        token_ids, log_probs = (table[:, :, None] for table in top)  # (batch, depth, 1, branching)
         next_row = torch.zeros_like(token_ids)
         next_row[:, -1] = -1
         return cls(token_ids, log_probs, next_row)
@@ -261,22 +263,34 @@ class HeadRows:
         self.compute(keys)
 
 
-def top_log_probs(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def top_log_probs(
+    logits: torch.Tensor,
+    k: int,
+    temperature: float,
+    draw_noise: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the `k` most likely tokens of each row and their log-probabilities (float32, nats).
 
     Args:
-        logits (`torch.Tensor` of shape `(..., vocab)`):
+        logits (`torch.Tensor` of shape `(batch, rows, vocab)`):
             Of the draft.
         k (`int`):
             At most so many tokens.
         temperature (`float`):
-            What the logits are divided by.
+            What the logits, with their noise, are divided by.
+        draw_noise (`torch.FloatTensor` of shape `(batch, slots, vocab)`, *optional*):
+            What the draw of each slot's token adds to logits.
+        slots (`torch.LongTensor` of shape `(rows,)`, *optional*):
+            The slot each row belongs to; by default there is one row per slot.
 
     Returns:
-        `tuple[torch.LongTensor, torch.FloatTensor]`: both of shape `(..., k)`.
+        `tuple[torch.LongTensor, torch.FloatTensor]`: both of shape `(batch, rows, k)`.
     """
     if kernels is not None and not on_cpu(logits.device):
-        return kernels.head_select(logits, min(k, logits.shape[-1]), temperature)
+        return kernels.head_select(logits, min(k, logits.shape[-1]), temperature, draw_noise, slots)
+    if draw_noise is not None:
+        logits = logits + (draw_noise if slots is None else draw_noise.index_select(1, slots))
     logits = logits if temperature == 1.0 else logits / temperature
     top = logits.log_softmax(dim=-1, dtype=torch.float32).topk(min(k, logits.shape[-1]), dim=-1)
     return top.indices, top.values

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from .logits_process import TreeLogitsProcessor
+from .noise import Noise
 from .outputs import Recorder
 from .sequences import Sequences
 from .tree import DraftTree
@@ -23,8 +24,8 @@ class Walker:
             What the call asked to keep of each token.
         streamer ([`BaseStreamer`], *optional*):
             The call's; where a text has other rows beside it, [`LockstepWalker`] serves it.
-        do_sample (`bool`):
-            Draw each token instead of taking the most likely.
+        noise ([`Noise`], *optional*):
+            Draws each token; without it the most likely is taken.
         device (`torch.device`):
             Where the texts are, and processors run.
     """
@@ -35,11 +36,11 @@ class Walker:
         sequences: Sequences,
         recorder: Recorder,
         streamer,
-        do_sample: bool,
+        noise: Noise | None,
         device: torch.device,
     ):
         self.processor, self.sequences, self.recorder = processor, sequences, recorder
-        self.streamer, self.do_sample, self.device = streamer, do_sample, device
+        self.streamer, self.noise, self.device = streamer, noise, device
 
     def __call__(
         self, rows: list[int], children: list[dict[tuple[int, int], int]], logits: torch.Tensor
@@ -82,7 +83,7 @@ class Walker:
             logits (`torch.Tensor` of shape `(rows, nodes, vocab)`):
                 The target's.
         """
-        if self.do_sample or self.recorder.needs_scores or not self.processor.prefix_independent:
+        if self.noise is not None or self.recorder.needs_scores or not self.processor.prefix_independent:
             return None
         return self.processor.whole_tree(logits).argmax(dim=-1).tolist()
 
@@ -98,9 +99,7 @@ class Walker:
         raw = logits[None].to(self.device, torch.float32, copy=True)  # (1, vocab)
         scores = self.processor.node(row, self.sequences.prefix(row), raw)
         self.recorder.token(row, scores, raw)
-        if not self.do_sample:
-            return int(scores.argmax(dim=-1))
-        return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1))
+        return int(scores.argmax(dim=-1) if self.noise is None else self.noise.draw([row], scores))
 
 
 __all__ = ["Walker"]

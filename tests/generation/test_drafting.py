@@ -1,10 +1,12 @@
 """What shapes the draft but never the text: pruning, temperature, automatic budget, prompt lookup, draft window."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import StoppingCriteriaList
 
-from hf_treeflash import decoding, modeling_treeflash
+from hf_treeflash import decoding
 from hf_treeflash.lookup import PromptLookup, graft
 from hf_treeflash.memory import recall
 from hf_treeflash.sequences import Sequences
@@ -59,17 +61,22 @@ def test_a_grammar_raises_block_efficiency(target, monkeypatch):
     assert pruned > 1.5 * blind
 
 
-def test_the_draft_follows_the_calls_temperature(target, monkeypatch):
-    seen = []
-    drafter = with_knobs(tiny_drafter(), draft_temperature=0.5)
-    select = modeling_treeflash.top_log_probs
-    monkeypatch.setattr(
-        modeling_treeflash, "top_log_probs", lambda *args: seen.append(args[2]) or select(*args)
-    )  # logits, how many, temperature
-    for settings, expected in (({"do_sample": False}, 0.5), ({"do_sample": True, "temperature": 0.6}, 0.3)):
-        seen.clear()
-        target.generate(prompt(), assistant_model=drafter, max_new_tokens=4, **settings)
-        assert seen and all(abs(value - expected) < 1e-9 for value in seen)
+def test_a_draft_is_given_what_the_next_draws_add_to_logits(target, monkeypatch):
+    """The Gumbel noise of `multinomial` at the call's temperature, slot by slot; nothing where nothing is drawn."""
+    seen, drafter = [], tiny_drafter()
+    draft = drafter.draft
+    monkeypatch.setattr(drafter, "draft", lambda *args, **kw: seen.append(kw["draw_noise"]) or draft(*args, **kw))
+    settings = {"assistant_model": drafter, "max_new_tokens": 40, "eos_token_id": None}
+    target.generate(prompt(), do_sample=False, **settings)
+    assert set(seen) == {None}
+    seen.clear()
+    settings |= {"do_sample": True, "temperature": 0.6, "top_k": 0, "return_dict_in_generate": True}
+    torch.manual_seed(4)
+    lengths = target.generate(prompt(), **settings).acceptance_lengths[0]
+    torch.manual_seed(4)
+    noise = torch.cat([torch.empty(1, VOCAB).exponential_() for _ in range(48)])
+    for done, given in zip(itertools.accumulate([1, *lengths]), seen, strict=False):
+        torch.testing.assert_close(given, -0.6 * noise[None, done : done + 7].log())
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -44,15 +44,18 @@ def merge(splits: int, group: int, dim: int) -> dict:
     return {"kernel": module._merge_kernel, "types": types, "constants": constants}
 
 
-def select(name: str, k: int, vocab: int) -> dict:
+def select(name: str, k: int, vocab: int, noisy: bool = False) -> dict:
     module = importlib.import_module("kernels.head_select")
     tiles, chunks = -(-vocab // module.TILE), -(-vocab // module.CHUNK)
-    types = {"LOGITS": "*bf16", "TILE_MAX": "*fp32", "CHUNK_MAX": "*fp32", "CHUNK_SUM": "*fp32"}
+    types = {"LOGITS": "*bf16", "NOISE": "*fp32" if noisy else "*bf16", "SLOTS": "*i64"}
+    types |= {"TILE_MAX": "*fp32", "CHUNK_MAX": "*fp32", "CHUNK_SUM": "*fp32"}
     types |= {"TOKEN_IDS": "*i64", "LOG_PROBS": "*fp32", "inverse_temperature": "fp32"}
     if name == "_tile_maxima_kernel":
-        types = {key: types[key] for key in ("LOGITS", "TILE_MAX", "CHUNK_MAX", "CHUNK_SUM", "inverse_temperature")}
-        return {"kernel": module._tile_maxima_kernel, "types": types, "constants": {"TILE": 128, "CHUNK": 4096}}
-    constants = {"NUM_TILES": min(k, tiles), "TOP_K": k, "LANES": module.next_power_of_2(k), "TILE": module.TILE}
+        types = {key: value for key, value in types.items() if key not in ("TOKEN_IDS", "LOG_PROBS")}
+        constants = {"NOISY": noisy, "TILE": 128, "CHUNK": 4096} | ({} if noisy else {"rows": 1, "slots": 1})
+        return {"kernel": module._tile_maxima_kernel, "types": types, "constants": constants}
+    constants = {"NOISY": noisy} | ({} if noisy else {"rows": 1, "slots": 1})
+    constants |= {"NUM_TILES": min(k, tiles), "TOP_K": k, "LANES": module.next_power_of_2(k), "TILE": module.TILE}
     constants |= {"TILES_BLOCK": module.next_power_of_2(tiles), "CHUNKS_BLOCK": module.next_power_of_2(chunks)}
     constants["num_warps"] = module.select_warps(k)
     return {"kernel": module._select_kernel, "types": types, "constants": constants}
@@ -114,6 +117,8 @@ def configurations(capability: int) -> dict[str, dict]:
         "tile maxima": select("_tile_maxima_kernel", 16, 151936),
         "select k16": select("_select_kernel", 16, 151936),
         "select k64": select("_select_kernel", 64, 151936),
+        "tile maxima with noise": select("_tile_maxima_kernel", 16, 151936, noisy=True),
+        "select k16 with noise": select("_select_kernel", 16, 151936, noisy=True),
         "build 64": build(64),
         "build 256": build(256),
         "accept 64": accept(64),

@@ -17,6 +17,7 @@ CEILINGS = {
     "attention bf16 d128 g4 split": (255, 96 * 1024),
     "attention": (210, 104 * 1024),
     "merge": (128, 4096),
+    "tile maxima with noise": (80, 1024),
     "tile maxima": (64, 1024),
     "select": (80, 1024),
     "build 64": (80, 1024),

@@ -67,6 +67,38 @@ def test_strided_rows_and_leading_dimensions(triton_kernels, device):
     torch.testing.assert_close(log_probs, expected_log_probs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["random", "ties", "masked"])
+@pytest.mark.parametrize(("vocab", "k"), [(9000, 16), (130, 16), (40, 40)])
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_noise_is_added_by_slot(triton_kernels, device, kind, dtype, vocab, k, by_slot):
+    """Rows of one slot share its noise, texts of a batch do not; infinite logits stay out whatever is added."""
+    logits = make_logits(kind, dtype, max(vocab, 6))[:, :vocab].expand(3, -1, -1).contiguous().to(device)
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.tensor([4, 0, 4, 2], device=device) if by_slot else None
+    noise = -torch.rand(3, 5 if by_slot else 4, vocab, generator=generator).log().to(device)
+    token_ids, log_probs = head_select(logits, k, 0.7, noise, slots)
+    expected_ids, expected_log_probs = head_select_reference(logits, k, 0.7, noise, slots)
+    assert torch.equal(token_ids, expected_ids)
+    torch.testing.assert_close(log_probs, expected_log_probs, atol=2e-5, rtol=1e-5)
+    for text in range(3):
+        for row in range(4):
+            slot = row if slots is None else int(slots[row])
+            alone = head_select_reference(logits[text, row].float() + noise[text, slot], k, 0.7)
+            assert torch.equal(token_ids[text, row], alone[0])
+    assert not torch.equal(token_ids[0], token_ids[1])
+
+
+def test_noise_that_does_not_fit_is_refused():
+    logits = torch.zeros(2, 3, 10)
+    slots = torch.tensor([0, 0, 1])
+    for noise in (torch.zeros(2, 2, 9), torch.zeros(1, 2, 10), torch.zeros(2, 2, 10).half()):
+        with pytest.raises(ValueError, match="noise must be fp32 of shape"):
+            head_select(logits, 4, 1.0, noise, slots)
+    with pytest.raises(ValueError, match="noise must be fp32 of shape"):
+        head_select(logits, 4, 1.0, torch.zeros(2, 2, 10))
+
+
 @pytest.mark.parametrize(("k", "temperature"), [(0, 1.0), (11, 1.0), (4, 0.0), (4, float("inf"))])
 def test_impossible_arguments_raise(k, temperature):
     with pytest.raises(ValueError):
@@ -91,4 +123,8 @@ def test_compiles_into_one_graph():
     logits = torch.randn(3, 50)
     compiled = torch.compile(lambda logits: head_select_op(logits, 4, 0.7), backend="aot_eager", fullgraph=True)
     for actual, expected in zip(compiled(logits), head_select_reference(logits, 4, 0.7), strict=True):
+        assert torch.equal(actual, expected)
+    arguments = logits[None], 4, 0.7, torch.rand(1, 2, 50), torch.tensor([0, 1, 1])
+    compiled = torch.compile(head_select_op, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(compiled(*arguments), head_select_reference(*arguments), strict=True):
         assert torch.equal(actual, expected)

@@ -68,25 +68,33 @@ def test_forward_takes_the_cache_by_both_of_transformers_names():
         assert output[CACHE] is cache and cache.get_seq_length() == 13
 
 
-def test_transitions_follow_the_paper_row_by_row():
+def draw_noise_of(batch: int = 1, seed: int = 3):
+    """Return Gumbel noise for the seven slots of [`tiny_drafter`]'s block."""
+    uniform = torch.rand(batch, 7, VOCAB, generator=torch.Generator().manual_seed(seed))
+    return -(-uniform.log()).log()
+
+
+@pytest.mark.parametrize("noisy", [False, True], ids=["greedy", "with noise"])
+def test_transitions_follow_the_paper_row_by_row(noisy):
     """Every row against the formulas of stage 1 and 2, written out one token at a time."""
     drafter, target = tiny_drafter(), tiny_target()
     anchors, context, embed, lm_head = drafting_inputs(drafter, target)
     m, k, temperature = 5, 4, 0.7
-    got = drafter.draft(
-        anchors, context, embed, lm_head, knobs=DraftingKnobs(num_candidates=m, branching=k), temperature=temperature
-    )
+    draw_noise = draw_noise_of() if noisy else None
+    added = draw_noise[0] if noisy else torch.zeros(7, VOCAB)
+    knobs = DraftingKnobs(num_candidates=m, branching=k, draft_temperature=temperature)
+    got = drafter.draft(anchors, context, embed, lm_head, knobs=knobs, draw_noise=draw_noise)
     noise = embed(torch.tensor([[4, *[3] * 7]]))
     hidden = drafter.backbone(noise, context, None, None, None)[0]
     head, norm = drafter.ar_head, drafter.norm
-    shortlist = lm_head(norm(hidden)).topk(m).indices
+    shortlist = (lm_head(norm(hidden)) + torch.nn.functional.pad(added, (0, 0, 1, 0))).topk(m).indices
     for depth in range(7):
         h = hidden[depth + 1]
         for row, previous in enumerate([4] if depth == 0 else shortlist[depth].tolist()):
             joined = torch.cat([head.norm(embed(torch.tensor(previous))), norm(h)])
             u, g = head.up_gate_proj(joined).chunk(2)
             corrected = h + head.down_proj(torch.nn.functional.silu(g) * u)
-            wanted = torch.log_softmax(lm_head(norm(corrected)) / temperature, dim=-1).topk(k)
+            wanted = torch.log_softmax((lm_head(norm(corrected)) + added[depth]) / temperature, dim=-1).topk(k)
             assert got.token_ids[0, depth, row].tolist() == wanted.indices.tolist()
             torch.testing.assert_close(got.log_probs[0, depth, row], wanted.values, atol=1e-5, rtol=1e-5)
             following = shortlist[depth + 1].tolist() if depth < 6 else []
@@ -110,10 +118,12 @@ def test_zero_head_with_all_candidates_gives_the_marginal_trees(budget):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("m", "k", "budget"), [(4, 4, 16), (16, 16, 64), (1, 3, 8), (VOCAB, VOCAB, 40)])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_rows_on_demand_give_the_same_trees_from_fewer_rows(batch, m, k, budget, temperature):
+@pytest.mark.parametrize("noisy", [False, True], ids=["greedy", "with noise"])
+def test_rows_on_demand_give_the_same_trees_from_fewer_rows(batch, m, k, budget, temperature, noisy):
     drafter, target = tiny_drafter(), tiny_target()
     inputs = drafting_inputs(drafter, target, batch=batch)
-    knobs = {"knobs": DraftingKnobs(num_candidates=m, branching=k), "temperature": temperature}
+    knobs = {"knobs": DraftingKnobs(num_candidates=m, branching=k, draft_temperature=temperature)}
+    knobs["draw_noise"] = draw_noise_of(batch) if noisy else None
     whole = build_tree(drafter.draft(*inputs, **knobs), inputs[0], budget)
     for likely in (budget, 2, 0):
         rows = drafter.draft(*inputs, **knobs, on_demand=likely)

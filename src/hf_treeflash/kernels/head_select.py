@@ -4,6 +4,9 @@ K2, head select: the most likely tokens of every row of logits with their log-pr
 Batches the output head of the AR approximation (TreeFlash, arXiv 2606.03819). The logits are read once, for the
 log-sum-exp and the maximum of every tile; every element of the top k lies in one of the k tiles with the largest
 maxima, so the selection itself reads only those.
+
+With a table of noise, rows are ranked by the sum of both: what the target's coming draw of a slot's token adds to its
+logits is known beforehand, and the same for all rows of the slot.
 """
 
 from __future__ import annotations
@@ -26,13 +29,17 @@ MAX_KERNEL_K = 64
 
 @LazyKernel
 def _tile_maxima_kernel(
-    LOGITS, TILE_MAX, CHUNK_MAX, CHUNK_SUM, row_stride, vocab, tiles, chunks, inverse_temperature,
-    TILE: tl.constexpr, CHUNK: tl.constexpr,
+    LOGITS, NOISE, SLOTS, TILE_MAX, CHUNK_MAX, CHUNK_SUM,
+    row_stride, rows, slots, vocab, tiles, chunks, inverse_temperature,
+    NOISY: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(LOGITS + row * row_stride + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+    if NOISY:
+        slot = row // rows * slots + tl.load(SLOTS + row % rows)
+        x += tl.load(NOISE + slot * vocab + column, mask=column < vocab, other=0.0)
     x = tl.where(x == x, x, float("-inf"))
     per_chunk: tl.constexpr = CHUNK // TILE
     tile_max = tl.max(tl.reshape(x, [per_chunk, TILE]), 1)
@@ -46,9 +53,9 @@ def _tile_maxima_kernel(
 
 @LazyKernel
 def _select_kernel(
-    LOGITS, TILE_MAX, CHUNK_MAX, CHUNK_SUM, TOKEN_IDS, LOG_PROBS,
-    row_stride, vocab, tiles, chunks, inverse_temperature,
-    NUM_TILES: tl.constexpr, TOP_K: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    LOGITS, NOISE, SLOTS, TILE_MAX, CHUNK_MAX, CHUNK_SUM, TOKEN_IDS, LOG_PROBS,
+    row_stride, rows, slots, vocab, tiles, chunks, inverse_temperature,
+    NOISY: tl.constexpr, NUM_TILES: tl.constexpr, TOP_K: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
     TILES_BLOCK: tl.constexpr, CHUNKS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -78,6 +85,9 @@ def _select_kernel(
     column = chosen[:, None] * TILE + tl.arange(0, TILE)[None, :]
     valid = (column < vocab) & (lane < NUM_TILES)[:, None]
     x = tl.load(LOGITS + row * row_stride + column, mask=valid, other=neg_inf).to(tl.float32)
+    if NOISY:
+        slot = row // rows * slots + tl.load(SLOTS + row % rows)
+        x += tl.load(NOISE + slot * vocab + column, mask=valid, other=0.0)
     x = tl.where((x == x) & (x != 0.0), x, tl.where(x == 0.0, 0.0, neg_inf))
     bits = x.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
@@ -97,9 +107,17 @@ def _select_kernel(
     tl.store(LOG_PROBS + row * TOP_K + lane, log_prob, mask=lane < TOP_K)
 
 
-def head_select_reference(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def head_select_reference(
+    logits: torch.Tensor,
+    k: int,
+    temperature: float,
+    noise: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain torch oracle of [`head_select`], and what runs where the kernel does not."""
     logits = logits.float()
+    if noise is not None:
+        logits = logits + (noise if slots is None else noise.index_select(1, slots))
     logits = logits.masked_fill(logits.isnan(), float("-inf")) + 0.0  # minus zero counts as zero
     log_total = (logits / temperature).logsumexp(-1, keepdim=True)
     # `topk` leaves the order of ties open. In these keys, as in the kernel's, there are none: order-preserving bits of
@@ -113,38 +131,55 @@ def head_select_reference(logits: torch.Tensor, k: int, temperature: float) -> t
     return token_ids, log_probs
 
 
-def head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def head_select(
+    logits: torch.Tensor,
+    k: int,
+    temperature: float,
+    noise: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Selects the `k` most likely tokens of every row. Equal logits are ordered by token id; NaN counts as minus
     infinity.
 
     Args:
-        logits (`torch.Tensor` of shape `(rows, vocab)`):
-            bf16, fp16 or fp32; more leading dimensions are kept.
+        logits (`torch.Tensor` of shape `(batch, rows, vocab)`):
+            bf16, fp16 or fp32; without noise any leading dimensions will do.
         k (`int`):
             Tokens per row, `1 <= k <= vocab`.
         temperature (`float`):
-            Positive divisor of the logits.
+            Positive divisor of the logits, noise included.
+        noise (`torch.Tensor` of shape `(batch, slots, vocab)`, *optional*):
+            fp32, what is added to the logits.
+        slots (`torch.Tensor` of shape `(rows,)`, *optional*):
+            int64, the slot whose noise each row takes; by default there is one row per slot.
 
     Returns:
-        `tuple` of token ids, int64 of shape `(rows, k)`, most likely first, and their log-probabilities under
-        `softmax(logits / temperature)`, fp32 of the same shape (natural logarithm).
+        `tuple` of token ids, int64 of shape `(batch, rows, k)`, most likely first, and their log-probabilities under
+        `softmax((logits + noise) / temperature)`, fp32 of the same shape (natural logarithm).
 
     Raises:
-        ValueError: if `k` or `temperature` is out of range.
+        ValueError: if `k` or `temperature` is out of range, or the noise does not fit the logits.
     """
     vocab = logits.shape[-1]
     if not 1 <= k <= vocab:
         raise ValueError(f"k must be between 1 and the vocabulary size {vocab}, got {k}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if noise is not None:
+        wanted = (logits.shape[0], logits.shape[1] if slots is None else noise.shape[1], vocab)
+        if logits.ndim != 3 or noise.dtype != torch.float32 or tuple(noise.shape) != wanted:
+            raise ValueError(f"noise must be fp32 of shape {wanted}, got {noise.dtype} of {tuple(noise.shape)}")
     # Whether the kernel runs is found out within the operator, where `torch.compile` does not look.
-    return head_select_op(logits, k, temperature) if logits.is_cuda else _head_select(logits, k, temperature)
+    select = head_select_op if logits.is_cuda else _head_select
+    return select(logits, k, temperature, noise, slots)
 
 
-def _head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _head_select(
+    logits: torch.Tensor, k: int, temperature: float, noise: torch.Tensor | None, slots: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     if k > MAX_KERNEL_K or not use_triton(logits):
-        return head_select_reference(logits, k, temperature)
+        return head_select_reference(logits, k, temperature, noise, slots)
     vocab = logits.shape[-1]
     flat = logits.reshape(-1, vocab)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
@@ -154,12 +189,19 @@ def _head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torc
     token_ids = flat.new_empty(rows, k, dtype=torch.int64)
     log_probs = flat.new_empty(rows, k, dtype=torch.float32)
     if rows:
-        sizes = (flat.stride(0), vocab, tiles, chunks, 1.0 / temperature)
+        # Without noise its pointers stand for nothing.
+        table, places = (flat, token_ids) if noise is None else (noise.contiguous(), slots)
+        if places is None:
+            places = torch.arange(logits.shape[1], device=flat.device)
+        own, given = (1, 1) if noise is None else (logits.shape[1], noise.shape[1])
+        sizes = (flat.stride(0), own, given, vocab, tiles, chunks, 1.0 / temperature)
+        noisy = noise is not None
         _tile_maxima_kernel[(rows, chunks)](
-            flat, tile_max, chunk_max, chunk_sum, *sizes, TILE=TILE, CHUNK=CHUNK, num_warps=4
-        )
+            flat, table, places, tile_max, chunk_max, chunk_sum, *sizes, NOISY=noisy, TILE=TILE, CHUNK=CHUNK,
+            num_warps=4,
+        )  # fmt: skip
         _select_kernel[(rows,)](
-            flat, tile_max, chunk_max, chunk_sum, token_ids, log_probs, *sizes,
+            flat, table, places, tile_max, chunk_max, chunk_sum, token_ids, log_probs, *sizes, NOISY=noisy,
             NUM_TILES=min(k, tiles), TOP_K=k, LANES=next_power_of_2(k), TILE=TILE,
             TILES_BLOCK=next_power_of_2(tiles), CHUNKS_BLOCK=next_power_of_2(chunks), num_warps=select_warps(k),
         )  # fmt: skip
@@ -168,13 +210,19 @@ def _head_select(logits: torch.Tensor, k: int, temperature: float) -> tuple[torc
 
 
 @torch.library.custom_op("hf_treeflash::head_select", mutates_args=())
-def head_select_op(logits: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def head_select_op(
+    logits: torch.Tensor,
+    k: int,
+    temperature: float,
+    noise: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[`head_select`] as an operator that `torch.compile` does not look into."""
-    return _head_select(logits, k, temperature)
+    return _head_select(logits, k, temperature, noise, slots)
 
 
 @head_select_op.register_fake
-def _(logits, k, temperature):
+def _(logits, k, temperature, noise=None, slots=None):
     shape = (*logits.shape[:-1], k)
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 

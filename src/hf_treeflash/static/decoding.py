@@ -57,6 +57,8 @@ class StaticDecoding(TreeDecoding):
         on_device = torch.cuda.device(cache.layers[0].keys.device) if on_cuda else nullcontext()
         with on_device, session(self, cache, needed, rounds_ahead(cache.layers[0].keys)) as launcher:
             launcher.round.start(cache, context, padding, state.anchor_ids, room)
+            if self.noise is not None:
+                self.noise.move(launcher.round.noise, state.rows)
             self._launch_and_read(launcher, state.rows, state.prefix.length)
 
     def _launch_and_read(self, launcher: Launcher, rows: list[int], prompt: int) -> None:
@@ -65,8 +67,8 @@ class StaticDecoding(TreeDecoding):
         under_way: deque[Callable[[], list]] = deque()
         while unfinished:
             longest = max(lengths)
-            if round.noise is not None:
-                round.noise.draw(longest - prompt)
+            if self.noise is not None:
+                self.noise.make(sorted(unfinished), self.noise.capacity)
             launcher.launch(launcher.span_of(longest + round.longest * len(under_way)))
             under_way.append(copy_to_host(round.emitted))
             if len(under_way) > round.ahead:
@@ -80,8 +82,12 @@ class StaticDecoding(TreeDecoding):
         """Append a round's tokens to a row, up to its end; return whether that was reached."""
         taken, finished = 0, False
         while taken < len(tokens) and not finished:
+            if self.noise is not None:
+                self.noise.use([row])
             finished = self.walker.emit(row, tokens[taken])
             taken += 1
+        if finished and self.noise is not None:
+            self.noise.finish([row])
         self.acceptance_lengths[row].append(taken)
         self.generator.observe(taken - 1)
         return finished
@@ -89,6 +95,8 @@ class StaticDecoding(TreeDecoding):
     def static_result(self):
         """Return the ids, or the dictionary the call asked for, without a cache."""
         ids = self.sequences.padded(self.generation_config._pad_token_tensor)
+        if self.noise is not None:
+            self.noise.leave(ids.shape[1] - self.sequences.prompt_length)
         if self.streamer is not None:
             self.streamer.end()
         if not self.generation_config.return_dict_in_generate:

@@ -12,7 +12,7 @@ from ..kernels import Tree, accept, build_tree
 from ..logits_process import TreeLogitsProcessor
 from .attention import BlockAttention, TreeAttention
 from .cache import StaticTreeCache
-from .sampling import Noise, choose, without_waits
+from .sampling import choose, noise_of, without_waits
 
 
 class StaticRound:
@@ -28,8 +28,8 @@ class StaticRound:
             The drafter with its knobs, and the target's embeddings.
         processor ([`TreeLogitsProcessor`]):
             The call's processors, all independent of the prefix.
-        do_sample (`bool`):
-            Sample from the target instead of taking its argmax.
+        temperature (`float`):
+            Of sampling; 0 takes the target's argmax.
         cache ([`DynamicCache`]):
             The target's after the prompt, for its shapes.
         batch (`int`), capacity (`int`):
@@ -42,6 +42,8 @@ class StaticRound:
             Nodes of the longest path, and tokens that a round emits at most.
         emitted (`torch.LongTensor` of shape `(batch, longest + 1)`):
             After a round: each row's new tokens, and in the last column how many there are.
+        noise (`torch.FloatTensor` of shape `(batch, 2 * longest, vocab)`, *optional*):
+            Where [`Noise`] keeps that of the coming draws, for sampling; half of it where no round is launched ahead.
         active (`torch.BoolTensor` of shape `(batch,)`):
             Rows still being written; the others stand still.
     """
@@ -51,7 +53,7 @@ class StaticRound:
         target,
         generator: TreeFlashCandidateGenerator,
         processor: TreeLogitsProcessor,
-        do_sample: bool,
+        temperature: float,
         cache: Cache,
         batch: int,
         capacity: int,
@@ -74,7 +76,9 @@ class StaticRound:
         self.active = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.emitted = torch.zeros(batch, self.longest + 1, dtype=torch.long, device=self.device)
         vocab_size = target.config.get_text_config(decoder=True).vocab_size
-        self.noise = Noise(batch, vocab_size, self.longest * (1 + ahead), self.device) if do_sample else None
+        self.temperature, self.noise = temperature, None
+        if temperature > 0:  # rounds under way may ask for the draws of so many tokens
+            self.noise = torch.ones(batch, self.longest * (1 + ahead), vocab_size, device=self.device)
         self.attention = TreeAttention(target, self.starts, shapes)
         self.block_attention = BlockAttention(generator.drafter, self.starts, own_shapes)
         self.steps_uncompiled()
@@ -137,7 +141,9 @@ class StaticRound:
                 Tokens that each row may still grow by.
         """
         length = context.position_ids.shape[1]
-        for own, value in ((self.lengths, length), (self.first, length), (self.pending_counts, 0), (self.active, 1)):
+        # The call's first token is the anchor, at slot `length`; the draw after it is the second, number 1.
+        first = length - 1
+        for own, value in ((self.lengths, length), (self.first, first), (self.pending_counts, 0), (self.active, 1)):
             own.fill_(value)
         self.starts.copy_(starts)
         self.anchors.copy_(anchors)
@@ -147,8 +153,6 @@ class StaticRound:
             static.clear()
         self.target_cache.take_over(cache, length)
         self._read_prompt(context)
-        if self.noise is not None:
-            self.noise.start()
 
     def _read_prompt(self, context: Context) -> None:
         """Fill the drafter's cache; keys and values of a context do not depend on what is seen, so masks are none."""
@@ -195,12 +199,19 @@ class StaticRound:
                 position_ids=torch.cat([context, block], dim=1) + self.offsets[:, None],
                 cache=self.drafter_cache,
                 knobs=self.knobs,
-                temperature=self.generator.temperature,
+                draw_noise=self.draw_noise(columns[: self.longest - 1]),
                 **self.block_attention.arguments(self.lengths, span, self.generator.dtype),
             )
         tables = transitions.token_ids, transitions.log_probs, transitions.next_row
         tree = build_tree(*tables, self.knobs.tree_budget)
         return tree._replace(token_ids=torch.cat([self.anchors[:, None], tree.token_ids[:, 1:]], dim=1))
+
+    def draw_noise(self, depths: torch.Tensor) -> torch.Tensor | None:
+        """Return what the draws after nodes of some depths add to logits, of shape `(batch, depths, vocab)`."""
+        if self.noise is None:
+            return None
+        tokens = (self.lengths - self.first)[:, None] + depths  # (batch, depths)
+        return noise_of(self.noise, tokens).log_().mul_(-self.temperature)
 
     def verify(self, tree: Tree, span: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the target over the trees; return its choice after every node, and its states for the drafter."""

@@ -44,9 +44,9 @@ def session(decoding, cache, needed: int, ahead: int) -> Iterator[Launcher]:
             torch.cuda.empty_cache()
 
     def make() -> Launcher:
-        batch, do_sample = cache.layers[0].keys.shape[0], decoding.generation_config.do_sample
+        batch = cache.layers[0].keys.shape[0]
         capacity = round_up(needed, batch)
-        round = StaticRound(*models, decoding.processor, do_sample, cache, batch, capacity, ahead)
+        round = StaticRound(*models, decoding.processor, decoding.temperature, cache, batch, capacity, ahead)
         return Launcher(round, decoding.generation_config)
 
     with torch.inference_mode(False), torch.no_grad():
@@ -90,9 +90,8 @@ def session_key(decoding, cache) -> tuple:
     compiling = None if config.compile_config is None else repr(config.compile_config.to_dict())
     return (
         cache.layers[0].keys.shape[0],
-        config.do_sample,
         decoding.generator.knobs,
-        decoding.generator.temperature,
+        decoding.temperature,
         _processors(decoding.processor.processors),
         (compiling, config.disable_compile),
         (cache.layers[0].keys.dtype, cache.layers[0].keys.device),
