@@ -146,7 +146,8 @@ class Noise:
 
     def _start(self, step: int) -> None:
         """Go on from the default generator's state, which is that before a step."""
-        self.first, self.states, self.stands_at = step, [self.default_state], -1
+        self.first, self.states = step, [self.default_state]
+        self.stands_at: int = -1
         self.longest = step
 
     def _restart(self) -> None:

@@ -57,7 +57,7 @@ class StaticDecoding(TreeDecoding):
         on_device = torch.cuda.device(cache.layers[0].keys.device) if on_cuda else nullcontext()
         with on_device, session(self, cache, needed, rounds_ahead(cache.layers[0].keys)) as launcher:
             launcher.round.start(cache, context, padding, state.anchor_ids, room)
-            if self.noise is not None:
+            if self.noise is not None and launcher.round.noise is not None:
                 self.noise.move(launcher.round.noise, state.rows)
             self._launch_and_read(launcher, state.rows, state.prefix.length)
 
