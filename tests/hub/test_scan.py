@@ -86,6 +86,14 @@ def test_weights_are_looked_at_byte_for_byte(tmp_path, text):
         check_file(tmp_path / "model.safetensors", "model.safetensors")
 
 
+@pytest.mark.parametrize("start", [2**24 - 300, 2**24 - 5, 2**24 + 1])
+def test_weights_are_looked_at_across_the_parts_they_are_read_in(tmp_path, start):
+    text = TOKENS["Hugging Face"].encode()
+    (tmp_path / "big.png").write_bytes(b"\0" * start + text + b"\0" * 5000)
+    with pytest.raises(ValueError, match=f"byte {start}, holds an access token"):
+        check_file(tmp_path / "big.png", "big.png")
+
+
 def test_weights_by_themselves_are_no_secret(tmp_path):
     save_file({"weight": torch.randn(200_000)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     check_file(tmp_path / "model.safetensors", "model.safetensors")

@@ -1,30 +1,22 @@
 """What must not be published: credentials, and paths of a machine."""
 
-import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 BINARY_SUFFIXES = {".safetensors", ".png"}
-# By what they begin with, which is quickly found in gigabytes of weights too.
-CREDENTIALS = {
-    "hf_": rb"hf_[A-Za-z0-9]{30,}",
-    "api_org_": rb"api_org_[A-Za-z0-9]{30,}",
-    "AKIA": rb"AKIA[0-9A-Z]{16}",
-    "ASIA": rb"ASIA[0-9A-Z]{16}",
-    "AIza": rb"AIza[\w-]{35}",
-    "sk-": rb"sk-[\w-]{20,}",
-    "github_pat_": rb"github_pat_\w{22,}",
-    **{f"gh{kind}_": rb"gh\w_[A-Za-z0-9]{36,}" for kind in "pousr"},
-    "glpat-": rb"glpat-[\w-]{20,}",
-    "pypi-": rb"pypi-[\w-]{40,}",
-    "npm_": rb"npm_[A-Za-z0-9]{36}",
-    "xox": rb"xox[abeoprs]-[\w-]{10,}",
-    "eyJ": rb"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",
-    "-----BEGIN ": rb"-----BEGIN [A-Z ]*PRIVATE KEY",
-}
-HOMES = {home: re.escape(home.encode()) + rb"[\w.-]{2,}" for home in ("/home/", "/Users/", "/root/", "\\Users\\")}
+# Binary files are read in parts; each is looked at together with the end of the one before.
+AT_ONCE, OVERLAP = 2**24, 2**12
+SHORTEST = 8  # characters of what is looked for in them
+CREDENTIALS = re.compile(
+    rb"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|sk-[\w-]{20,}"
+    rb"|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|glpat-[\w-]{20,}|pypi-[\w-]{40,}|npm_[A-Za-z0-9]{36}"
+    rb"|xox[abeoprs]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+HOMES = re.compile(rb"(?:/home/|/Users/|/root/|\\Users\\)[\w.-]{2,}")
 # In text alone, where chance forms none: a word for a secret with a value that has letters and digits, and a URL
 # with a password.
 NAMED_SECRET = re.compile(
@@ -59,23 +51,38 @@ def check_file(path: Path, name: str) -> None:
     Raises:
         ValueError: Naming the place and what is there.
     """
-    if path.stat().st_size == 0:
+    if path.suffix not in BINARY_SUFFIXES:
+        check_text(path.read_bytes(), name)
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        binary = path.suffix in BINARY_SUFFIXES
-        for start, what in _in_bytes(data):
-            line = data[:start].count(b"\n") + 1
-            where = f"byte {start}" if binary else f"line {line}"
-            raise ValueError(f"{name}, {where}, holds {what}, which must not be published.")
-        if path.suffix == ".safetensors":
-            text = data[8 : 8 + int.from_bytes(data[:8], "little")]
-        else:
-            text = b"" if binary else data[:]
-    check_text(text, name)
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":  # begins with a text, after its length
+            length = int.from_bytes(file.read(8), "little")
+            check_text(file.read(min(length, path.stat().st_size)), name)
+        file.seek(0)
+        end = b""
+        while part := file.read(AT_ONCE):
+            for start, readable in _readable(end + part):
+                for pattern, what in ((CREDENTIALS, "an access token"), (HOMES, "an absolute path")):
+                    if found := pattern.search(readable):
+                        place = file.tell() - len(end + part) + start + found.start()
+                        raise ValueError(f"{name}, byte {place}, holds {what}, which must not be published.")
+            end = part[-OVERLAP:]
+
+
+def _readable(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield each run of printable characters that is long enough to hold something, and where it starts."""
+    codes = np.frombuffer(data, dtype=np.uint8)
+    runs = (codes >= 0x20) & (codes < 0x7F)
+    for length in (1, 2, 4):  # of 2, 4 and then 8 characters, by where they start
+        runs = runs[:-length] & runs[length:]
+    starts = np.flatnonzero(runs)
+    for run in np.split(starts, np.flatnonzero(np.diff(starts) > 1) + 1):
+        if len(run):
+            yield int(run[0]), data[run[0] : run[-1] + SHORTEST]
 
 
 def check_text(data: bytes, name: str) -> None:
-    """Refuse a text that holds a path of a machine or a secret; see [`check_file`]."""
+    """Refuse a text that holds a credential or a path of a machine; see [`check_file`]."""
     try:
         lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -85,17 +92,9 @@ def check_text(data: bytes, name: str) -> None:
             raise ValueError(f"{name}, line {number}, holds {what}, which must not be published.")
 
 
-def _in_bytes(data) -> Iterator[tuple[int, str]]:
-    for patterns, what in ((CREDENTIALS, "an access token"), (HOMES, "an absolute path")):
-        for beginning, pattern in patterns.items():
-            start = data.find(beginning.encode())
-            while start >= 0:
-                if re.compile(pattern).match(data, start):
-                    yield start, what
-                start = data.find(beginning.encode(), start + 1)
-
-
 def _in_line(line: str) -> Iterator[str]:
+    if CREDENTIALS.search(line.encode()):
+        yield "an access token"
     if NAMED_SECRET.search(line) or PASSWORD_IN_URL.search(line):
         yield "what looks like a secret"
     if any(match["path"] for match in URL_OR_PATH.finditer(line)):
