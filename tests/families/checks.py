@@ -109,7 +109,7 @@ def check_rows_alone(target, drafter, inputs: dict, **settings) -> None:
 
 def check_second_turn(target, drafter, inputs: dict, **settings) -> None:
     """Compare a second turn on each call's own cache, and a plain one on the cache of the drafted call."""
-    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, **settings}
+    settings = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None, **settings}
     settings["return_dict_in_generate"] = True
     mask, ids = inputs["attention_mask"], inputs["input_ids"]
     user = torch.randint(4, 20, (len(ids), 5), generator=torch.Generator().manual_seed(9))
