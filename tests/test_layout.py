@@ -28,6 +28,7 @@ PARTS = {
     "rows",
     "states",
     "storage",
+    "taps",
     "transitions",
     "tree",
     "verify",
@@ -97,6 +98,7 @@ def arrows() -> dict[str, set[str]]:
 def test_what_a_repository_does_without_is_asked_for_by_name():
     asked = {name: modules_by_name(path) for name, path in FILES.items()}
     assert {name: others for name, others in asked.items() if others} == {
+        "assistants": {"checkpoints", "modeling_treeflash"},
         "compat": {"kernels"},
         "generation": {"static"},
         "hybrids": {"recurrent"},

@@ -52,7 +52,7 @@ def loaded(name: str, target) -> Any:
     drafter = recall(what, target)
     if drafter is None:
         try:
-            drafter_class = importlib.import_module("hf_treeflash").TreeFlashDraftModel
+            drafter_class = importlib.import_module("hf_treeflash.modeling_treeflash").TreeFlashDraftModel
         except ImportError as error:
             raise ValueError(f"To load the drafter {name!r} by its name takes the hf_treeflash package.") from error
         drafter = drafter_class.from_pretrained(name, dtype=target.dtype).to(target.device)
