@@ -14,10 +14,14 @@ install_hook()
 
 
 def __getattr__(name: str):
-    if name == "export_drafter":  # publishing loads with its first use
+    if name == "export_drafter":  # publishing and measuring load with their first use
         from .hub import export_drafter
 
         return export_drafter
+    if name == "check":
+        from .bench.check import check
+
+        return check
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -25,6 +29,7 @@ __all__ = [
     "TreeFlashCandidateGenerator",
     "TreeFlashConfig",
     "TreeFlashDraftModel",
+    "check",
     "export_drafter",
     "forget",
     "install_hook",

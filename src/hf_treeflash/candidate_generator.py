@@ -37,6 +37,8 @@ class TreeFlashCandidateGenerator:
             The call's; drafting knobs in it go before the drafter's own.
         output_scale ([`OutputScale`], *optional*):
             What target and drafter do to the products of the output layer; nothing by default.
+        in_step (`bool`, *optional*, defaults to `False`):
+            Whether others run the target's layers at the same time, so that each draft has to call them alike.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class TreeFlashCandidateGenerator:
         main_model_output_embeddings: nn.Module,
         generation_config: GenerationConfig | None = None,
         output_scale: OutputScale | None = None,
+        in_step: bool = False,
     ):
         self.drafter = assistant_model
         self.target_embed = draft_embedding(main_model_input_embeddings, assistant_model.config)
         # Looked up once: each look-up walks all parameters.
         self.device, self.dtype = assistant_model.device, assistant_model.dtype
         self.embedding_device = home_of(self.target_embed)
+        self.in_step = in_step
         self.knobs = DraftingKnobs.read(assistant_model.generation_config, generation_config)
         own_head = getattr(assistant_model, "draft_lm_head", None)  # of a reduced vocabulary
         lm_head = main_model_output_embeddings if own_head is None else own_head
@@ -133,7 +137,7 @@ class TreeFlashCandidateGenerator:
                 draw_noise=None if draw_noise is None else draw_noise.to(self.draft_head.device),
                 # On a CPU the builder runs beside the drafter, and a tree reaches about a row per two nodes. The
                 # anchor's row comes on top: products of 17 rows cost a quarter more than of 16.
-                on_demand=budget - 1 if on_cpu(self.device) else None,
+                on_demand=budget - 1 if on_cpu(self.device) and not self.in_step else None,
                 **({"attention_mask": self._mask(context)} if seen is None else seen),
             )
         tail_valid = context.valid

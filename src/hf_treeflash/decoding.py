@@ -23,6 +23,7 @@ from .noise import Noise
 from .outputs import Recorder
 from .plain import plain_step
 from .protocols import Drafter, Target
+from .ranks import Ranks
 from .round_state import RoundState
 from .rows import Rows
 from .sequences import Sequences
@@ -68,7 +69,7 @@ class TreeDecoding:
         self.input_ids, self.generation_config, self.model_kwargs = input_ids, generation_config, model_kwargs
         self.sequences = Sequences(input_ids, stopping_criteria)
         self.processor = TreeLogitsProcessor(logits_processor, batch=batch)
-        self.verifier = Verifier(target)
+        self.verifier, self.ranks = Verifier(target), Ranks.of(target)
         self.prunes = bool(askable(logits_processor))
         self.recorder = Recorder(generation_config, batch)
         self.exactness = Exactness(self.verifier, model_kwargs, self.forward_kwargs)
@@ -79,6 +80,7 @@ class TreeDecoding:
             target.get_output_embeddings(),
             generation_config,
             output_scale=OutputScale.of(self.verifier.config, drafter.config),
+            in_step=self.ranks is not None,
         )
         self.auto = auto_budget(drafter, batch) if self.generator.knobs.is_auto else None
         quotes = generation_config.prompt_lookup_num_tokens is not None
@@ -123,7 +125,8 @@ class TreeDecoding:
         verdicts = self.walk(state, tree, outputs)
         self.commit(state, verdicts, hidden_states)
         if self.auto is not None:
-            self.auto.observe(tree, verdicts, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.auto.observe(tree, verdicts, seconds if self.ranks is None else self.ranks.agree(seconds))
 
     def plain_round(self, state: RoundState) -> None:
         """Run a single text's newest token as plain decoding does, where the target may read the text anew."""
@@ -198,6 +201,8 @@ class TreeDecoding:
         state.pending = []
         if self.auto is not None:
             tree = tree.first(self.auto.size(tree))
+        if self.ranks is not None:
+            tree = self.ranks.agree(tree.to(torch.device("cpu")))
         return self.walker.prepared(tree.first(room).to(state.anchor_ids.device))
 
     @property

@@ -172,6 +172,8 @@ def check_head(lm_head: Any, knobs: DraftingKnobs) -> None:
         found = f"a {type(lm_head).__name__} (quantised, adapted or its own kind of layer)"
     elif not lm_head.weight.is_floating_point() or lm_head.weight.element_size() < 2:
         found = f"a layer of {str(lm_head.weight.dtype).removeprefix('torch.')} weights"
+    elif hasattr(lm_head.weight, "device_mesh"):
+        found = "a layer split over devices by tensor parallelism"
     elif lm_head.weight.is_meta:
         found = "a layer whose weights are offloaded"
     else:

@@ -58,7 +58,7 @@ class Exactness:
         if self.target.training or self._room([columns]) < 3 or self._is_border(state, columns):
             return
         behind = self._behind([columns])
-        fault = self.probe.fault(state.prefix, state.positions + 1, input_ids, self.tokens, 1, behind)
+        fault = self.probe(state.prefix, state.positions + 1, input_ids, self.tokens, 1, behind).fault
         if fault is not None and behind == 0:
             for layer, fields in before:
                 vars(layer).update(fields)
@@ -85,7 +85,8 @@ class Exactness:
             else:
                 ids, new = sequences.prefix(0), sequences.lengths[0] - sequences.prompt_length
                 tokens = torch.cat([state.anchor_ids[:, None], self.tokens[:, 1:]], dim=1)  # (1, 3)
-                self._note(behind, self.probe.fault(state.prefix, state.positions, ids[:, :-1], tokens, new, behind))
+                look = self.probe(state.prefix, state.positions, ids[:, :-1], tokens, new, behind)
+                self._note(behind, look.fault)
         return room if self.faults[behind] is None else 1
 
     def is_border(self, state: RoundState, sequences: Sequences) -> bool:

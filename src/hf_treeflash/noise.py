@@ -38,6 +38,7 @@ class Noise:
         self.taken, self.made = [0] * batch, [0] * batch  # tokens drawn, and tokens whose noise was made
         self.default, self.own = default_generator(device), torch.Generator(device)
         self.default_state = self.default.get_state()
+        self.stands_at = -1  # the step whose noise `own` would make next
         self._start(0)
 
     def ahead(self, rows: list[int], tokens: int) -> torch.Tensor:
@@ -147,7 +148,7 @@ class Noise:
     def _start(self, step: int) -> None:
         """Go on from the default generator's state, which is that before a step."""
         self.first, self.states = step, [self.default_state]
-        self.stands_at: int = -1
+        self.stands_at = -1
         self.longest = step
 
     def _restart(self) -> None:

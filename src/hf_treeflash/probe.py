@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -23,6 +24,21 @@ OTHER_PREFIX = "a node of a tree does not see just its ancestors, or does not st
 MOVING = "the same pass twice does not give the same: it keeps a state, or draws random numbers"
 
 
+class Look(NamedTuple):
+    """What a look at a target showed.
+
+    Attributes:
+        apart (`float`), tolerance (`float`):
+            How far logits of the two ways differ, and how far rounding explains, in shares of the logits' spread.
+        fault (`str`, *optional*):
+            What is wrong, in words; None if nothing is.
+    """
+
+    apart: float
+    tolerance: float
+    fault: str | None
+
+
 class Probe:
     """Compares a target's passes over a tree with plain decoding's steps.
 
@@ -39,7 +55,7 @@ class Probe:
         self.target, self.verifier = verifier.target, verifier
         self.model_kwargs, self.forward_kwargs = model_kwargs, forward_kwargs
 
-    def fault(
+    def __call__(
         self,
         prefix: PrefixCache,
         positions: torch.Tensor,
@@ -47,8 +63,8 @@ class Probe:
         tokens: torch.Tensor,
         new_tokens: int,
         behind: int,
-    ) -> str | None:
-        """Return what is wrong with the target's passes over trees, None if nothing is; remembered with the target.
+    ) -> Look:
+        """Compare the target's pass over a small tree with its steps; what is seen is remembered with the target.
 
         Args:
             prefix ([`PrefixCache`]):
@@ -79,7 +95,7 @@ class Probe:
         return repr(vars(config)), adapters_of(self.target), self.verifier.dtype, self.target.device, behind
 
     @torch.no_grad()
-    def _look(self, prefix, positions, input_ids, tokens, new_tokens) -> str | None:
+    def _look(self, prefix, positions, input_ids, tokens, new_tokens) -> Look:
         tree = small_tree(tokens)
         with kept_state(self.target):
             together = self._together(tree, prefix, positions)
@@ -88,13 +104,14 @@ class Probe:
             tolerance = self._tolerance(together[0])
             errors = [largest if tolerance == FULL else mean for largest, mean in full]
             if max(errors) <= tolerance:
-                return None
+                return Look(max(errors), tolerance, None)
             again = self._together(tree, prefix, positions)
         if apart(together[0], again[0])[0] > tolerance:
             why = MOVING
         else:
             why = SHARED_PASS if errors[0] > tolerance else OTHER_PREFIX
-        return f"{why} (logits differ by {max(errors):.1e} of their spread, where rounding explains {tolerance:.0e})"
+        why += f" (logits differ by {max(errors):.1e} of their spread, where rounding explains {tolerance:.0e})"
+        return Look(max(errors), tolerance, why)
 
     def _together(self, tree: DraftTree, prefix: PrefixCache, positions: torch.Tensor) -> list[torch.Tensor]:
         """Return the logits of the root and its second child from one pass."""
@@ -201,4 +218,4 @@ def kept_state(model) -> Iterator[None]:
             torch.set_rng_state(random)
 
 
-__all__ = ["Probe"]
+__all__ = ["Look", "Probe"]

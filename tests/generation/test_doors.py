@@ -340,8 +340,8 @@ def test_several_sequences_follow_the_targets_distribution():
     target, ids = tiny_target(vocab_size=8, initializer_range=0.1), torch.tensor([[4, 5, 6]])
     assistant = with_knobs(tiny_drafter(vocab_size=8), tree_budget=8)
     settings = {"do_sample": True, "max_new_tokens": 2, "eos_token_id": None, "num_return_sequences": 500}
-    texts = [target.generate(ids, assistant_model=assistant, **settings)[:, 3:].tolist() for _ in range(4)]
-    check_distribution(text_distribution(target, ids, 2), [row for rows in texts for row in rows])
+    texts = [row for _ in range(4) for row in target.generate(ids, assistant_model=assistant, **settings).tolist()]
+    check_distribution(text_distribution(target, ids, 2), [text[3:] for text in texts])
 
 
 def test_greedy_sequences_are_refused_as_by_transformers(target):

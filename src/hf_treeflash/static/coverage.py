@@ -49,6 +49,11 @@ def _uncovered(decoding: TreeDecoding, state: RoundState) -> Iterator[str]:
     devices = set(getattr(target, "hf_device_map", {}).values())
     if len(devices) > 1 or decoding.generator.device != target.device:
         yield "models on several devices"
+    if decoding.ranks is not None:
+        yield "a target split over devices by tensor parallelism"
+    left = max(map(decoding.sequences.room, state.rows), default=0)
+    if left and decoding.exactness.room(state, decoding.sequences) <= left:
+        yield "a text that may pass a length at which the target may change"
     if state.positions.ndim != 1:
         yield "several position axes"
     if not is_left_padded(state.prefix.valid):
