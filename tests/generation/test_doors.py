@@ -164,7 +164,9 @@ def test_a_drafter_in_another_class_is_told_its_loader(target, tmp_path, loader,
 # Wrappers
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, "ddp", torch.compile], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, "ddp", torch.compile], ids=["DataParallel", "DistributedDataParallel", "compiled"]
+)
 def test_wrapped_drafters(target, wrap, tmp_path):
     if wrap != "ddp":
         check(target, wrap(drafter()))

@@ -93,7 +93,7 @@ def yielding():
     return lambda row, ids: [next(tokens), 5]
 
 
-@pytest.mark.parametrize("make", [counter, lambda: shuffling, yielding, lambda: counting()[0], Trie], ids=str)
+@pytest.mark.parametrize("make", [counter, lambda: shuffling, yielding, lambda: counting()[0], Trie], ids=range(5))
 def test_a_function_that_remembers_is_asked_as_plain_decoding_asks(target, make):
     texts = []
     for assistant in ({}, {"assistant_model": drafter()}):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import tiny_drafter, tiny_target, with_knobs
 from transformers import AutoModelForCausalLM
 
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.tiny import tiny_drafter, tiny_target, with_knobs
 from tests.parallel.worker import CALLS
 
 WORKER = Path(__file__).with_name("worker.py")
