@@ -95,7 +95,7 @@ def arrows() -> dict[str, set[str]]:
     return {name: imported_modules(path, set(FILES)) for name, path in FILES.items()}
 
 
-def test_what_a_repository_does_without_is_asked_for_by_name():
+def test_what_generate_does_without_in_a_repository_is_asked_for_by_name():
     asked = {name: modules_by_name(path) for name, path in FILES.items()}
     assert {name: others for name, others in asked.items() if others} == {
         "assistants": {"checkpoints", "modeling_treeflash"},

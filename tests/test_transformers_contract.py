@@ -105,6 +105,21 @@ def test_prepare_inputs_for_generation_takes():
     assert {"input_ids", CACHE, "attention_mask", "inputs_embeds", "is_first_iteration"} <= set(names)
 
 
+def test_plain_decoding_takes_a_step_and_a_whole_call():
+    assert {"outputs", "model_kwargs", "num_new_tokens"} <= set(
+        parameters(GenerationMixin._update_model_kwargs_for_generation)
+    )
+    assert "next_sequence_length" in parameters(GenerationMixin.prepare_inputs_for_generation)
+    names = {"input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer"}
+    assert names <= set(parameters(GenerationMixin._sample))
+
+
+def test_pipelines_load_assistants_by_a_function_of_their_module():
+    from transformers.pipelines import base
+
+    assert parameters(base.load_assistant_model) == ["model", "assistant_model", "assistant_tokenizer"]
+
+
 def test_a_callers_cache_is_marked(prepared):
     assert prepared["cache"]._is_user_defined is True
 
@@ -333,6 +348,26 @@ def test_an_embedding_may_hold_a_norm():
     from transformers.models.muse_glimmer import modeling_muse_glimmer
 
     assert "embed_norm" in inspect.getsource(modeling_muse_glimmer)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ("Gemma2Config", ["attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "layer_types"]),
+        ("GraniteConfig", ["logits_scaling"]),
+        ("CohereConfig", ["logit_scale"]),
+        ("FalconH1Config", ["lm_head_multiplier"]),
+        ("Llama4TextConfig", ["attn_temperature_tuning", "attention_chunk_size"]),
+        ("LlamaConfig", ["rope_parameters"]),
+    ],
+)
+def test_configs_of_families_name(config, names):
+    assert set(names) <= set(dir(getattr(transformers, config)()))
+
+
+def test_layers_are_listed_under_these_names():
+    assert "self.layers" in inspect.getsource(transformers.LlamaModel)
+    assert "self.h " in inspect.getsource(transformers.GPT2Model)
 
 
 # Files
