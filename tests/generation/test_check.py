@@ -8,7 +8,7 @@ import hf_treeflash
 from hf_treeflash import TreeFlashDraftModel
 from hf_treeflash.bench.demo import EMBEDDED
 from tests.generation.test_exactness import PassSize, planted, switching
-from tests.tiny import tiny_drafter, tiny_target, with_knobs
+from tests.helpers.tiny import tiny_drafter, tiny_target, with_knobs
 
 
 def drafter(**overrides):

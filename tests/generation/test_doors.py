@@ -4,8 +4,6 @@ import functools
 
 import pytest
 import torch
-from tests.distribution import check_distribution, text_distribution
-from tests.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
 from torch import nn
 from transformers import (
     AutoModel,
@@ -22,7 +20,9 @@ import hf_treeflash
 from hf_treeflash import TreeFlashDraftModel
 from hf_treeflash.bench.demo import EMBEDDED
 from hf_treeflash.memory import recall
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.distribution import check_distribution, text_distribution
+from tests.helpers.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
 from tests.layouts.published import READ
 from tests.layouts.rounds import make_target, write
 

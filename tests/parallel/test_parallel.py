@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.generation.test_batch import padded
+from tests.helpers.batches import padded
+from tests.helpers.tiny import tiny_drafter, tiny_target, with_knobs
 from tests.parallel.worker import CALLS
-from tests.tiny import tiny_drafter, tiny_target, with_knobs
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]

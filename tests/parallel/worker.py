@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hf_treeflash  # noqa: F401
-from tests.tiny import prompt, tiny_drafter, with_knobs
+from tests.helpers.tiny import prompt, tiny_drafter, with_knobs
 
 BASE = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 2}
 # By name: settings of the call, and knobs of the drafter.
