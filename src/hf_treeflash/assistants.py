@@ -75,7 +75,8 @@ def names_drafter(name: str) -> bool:
     """Whether a folder or repository holds a drafter in a layout that we read."""
     try:
         checkpoints = importlib.import_module("hf_treeflash.checkpoints")
-        stored = checkpoints.read_json_config(checkpoints.adapted_drafter(name, {}), {})
+        path = checkpoints.find_file(checkpoints.adapted_drafter(name, {}), "config.json", {})
+        stored = {} if path is None else checkpoints.read_json(path)
     except (ImportError, OSError, ValueError):
         return False
     return stored.get("model_type") == "treeflash" or any(

@@ -76,7 +76,10 @@ def resolve_checkpoint(model_class, name: str | os.PathLike, kwargs: dict) -> tu
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     name = adapted_drafter(name, hub)
     source = f"{name}/config.json"
-    stored = read_json(cached_file(name, "config.json", **hub))
+    path = cached_file(name, "config.json", **hub)
+    if path is None:
+        raise OSError(f"There is no config.json in {name}.")
+    stored = read_json(path)
     config = kwargs.pop("config", None)
     ours = isinstance(config, TreeFlashConfig) or getattr(config, "model_type", None) == "treeflash"
     given = {} if ours else {key: kwargs.pop(key) for key in list(kwargs) if key in TreeFlashConfig.__annotations__}
