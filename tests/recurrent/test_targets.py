@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from tests.quoting import knows, quoting_drafter
-from tests.tiny import tiny_drafter
 from transformers.utils import logging
 
 from hf_treeflash.compat import CACHE
 from tests.families.hybrids import HYBRIDS
 from tests.families.passes import leaves, prefilled, step_logits, tree_logits, tree_of
 from tests.families.test_support_matrix import Int8Linear
+from tests.helpers.quoting import knows, quoting_drafter
+from tests.helpers.tiny import tiny_drafter
 from tests.recurrent.trees import shaped_tree
 
 BY_NAME = {family.name: family for family in HYBRIDS}
