@@ -157,7 +157,7 @@ class TreeDecoding:
         outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs | taps.model_kwargs)
         self.recorder.prefill(outputs)
         cache, mask, batch = outputs.get(CACHE), kwargs.get("attention_mask"), len(self.input_ids)
-        if cache is None or not any(layer.is_initialized for layer in cache.layers):
+        if cache is None or not any(getattr(layer, "is_initialized", False) for layer in cache.layers):
             raise NoCache(f"{type(self.target).__name__} keeps no cache of what it reads")
         prefix = PrefixCache(
             cache,

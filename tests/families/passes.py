@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from hf_treeflash.cache import PrefixCache, recording_past
 from hf_treeflash.compat import CACHE
+from hf_treeflash.kernels import pack_ancestor_words
 from hf_treeflash.tree import DraftTree
 from hf_treeflash.verify import Verifier
 from tests.helpers.tiny import VOCAB
@@ -25,7 +26,7 @@ def tree_of(parents: torch.Tensor, anchor_ids: torch.Tensor, generator: torch.Ge
     token_ids = torch.randint(4, VOCAB - 4, parents.shape, generator=generator)
     token_ids[:, 0] = anchor_ids
     mask = ancestor_mask(parents)
-    return DraftTree(token_ids, parents, mask.sum(-1) - 1, mask, torch.zeros(parents.shape))
+    return DraftTree(token_ids, parents, mask.sum(-1) - 1, pack_ancestor_words(mask), torch.zeros(parents.shape))
 
 
 @torch.no_grad()
