@@ -7,12 +7,15 @@ Plain decoding and the chain run in the same repeats as the trees, so every spee
 
 import argparse
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
 
 from transformers.utils import logging
 
 from hf_treeflash.bench.compare import Arm, compare, text_table, tree_arm
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair, with_knobs, without_head
+from hf_treeflash.decoding import TreeDecoding
 
 
 def budget(value: str) -> int | str:
@@ -30,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-candidates", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--prompt-lookup", type=int, help="add every tree once more with this many looked-up tokens")
     parser.add_argument("--static", action="store_true", help="all but the chain once more over static caches")
+    parser.add_argument("--without-noise", action="store_true", help="trees, our chain once more, draws unknown")
     parser.add_argument("--arms", nargs="+", help="beginnings of names; all by default. The first arm always runs")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -42,12 +46,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def unknown_draws() -> AbstractContextManager:
+    """Rank drafts by `logits / (temperature * draft_temperature)`, as without any knowledge of the draws."""
+
+    def draw_noise(self, noise) -> None:
+        own = self.drafter.generation_config.draft_temperature
+        self.generator.knobs = self.generator.knobs._replace(draft_temperature=own * self.temperature)
+
+    return mock.patch.object(TreeDecoding, "draw_noise", draw_noise)
+
+
 def arms(
-    drafter, tree_budgets: list, num_candidates: list[int], prompt_lookup: int | None = None, static: bool = False
+    drafter,
+    tree_budgets: list,
+    num_candidates: list[int],
+    prompt_lookup: int | None = None,
+    static: bool = False,
+    without_noise: bool = False,
 ) -> list[Arm]:
     """Return plain decoding, the chain, a marginal tree per budget, a TreeFlash tree per budget and candidates.
 
-    With `static` all but the chain come again over static caches: on CUDA compiled, and recorded as graphs.
+    With `static` all but the chain come again over static caches: on CUDA compiled, and recorded as graphs. With
+    `without_noise` the trees, and a chain of our own, come again ranked by probability alone.
     """
     marginal = without_head(drafter)
     listed = [Arm("plain"), Arm("chain", drafter, {"speculation_type": "dflash"})]
@@ -57,6 +77,11 @@ def arms(
         for budget in tree_budgets:
             for candidates in num_candidates:
                 listed.append(tree_arm(drafter, tree_budget=budget, num_candidates=candidates))
+    if without_noise:
+        chain = with_knobs(drafter, tree_budget=drafter.config.num_drafted + 1, num_candidates=1, branching=1)
+        known = [Arm("our chain", chain), *(arm for arm in listed if "tree" in arm.name.lower())]
+        listed.insert(2, known[0])
+        listed += [Arm(f"{arm.name}, without noise", arm.drafter, around=unknown_draws) for arm in known]
     if prompt_lookup is not None:
         options = {"prompt_lookup_num_tokens": prompt_lookup}
         listed += [Arm(f"{arm.name} + lookup", arm.drafter, options) for arm in listed if "tree" in arm.name.lower()]
@@ -72,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     target, tokenizer, drafter = load_pair(args.target, args.drafter, device=args.device, dtype=args.dtype)
     listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
     prompts = [encode_prompt(tokenizer, entry["prompt"], args.thinking) for entry in listed]
-    ways = arms(drafter, args.tree_budgets, args.num_candidates, args.prompt_lookup, args.static)
+    ways = arms(drafter, args.tree_budgets, args.num_candidates, args.prompt_lookup, args.static, args.without_noise)
     if args.arms:
         ways = [ways[0], *(arm for arm in ways[1:] if arm.name.startswith(tuple(args.arms)))]
     record = {**describe_pair(target, tokenizer, drafter, args.thinking), "results": []}

@@ -29,7 +29,8 @@ class DraftingKnobs(NamedTuple):
         branching (`int`, defaults to 16):
             Next tokens considered per previous token, at most 1024.
         draft_temperature (`float`, defaults to 1.0):
-            Of the draft, on top of the temperature of the call, from 0.001 to 1000.
+            What the draft's logits are divided by, with the noise of the call's draws added where it samples; from
+            0.001 to 1000. The further off the drafter's logits are, the higher.
         draft_window (`int`, *optional*):
             Committed tokens the drafter looks back on; None: all.
         draft_lm_head (`str`, *optional*):

@@ -89,14 +89,13 @@ class Noise:
         """Count the next token of some rows as drawn."""
         for row in rows:
             self.taken[row] += 1
-        if max(self.taken) > self.longest:
-            self.leave(max(self.taken))
+        self.leave(max(self.taken))
 
     def leave(self, steps: int) -> None:
-        """Put the default generator where plain `generate` leaves it after so many steps."""
-        self.longest = steps
-        self.default_state = self._state_before(steps)
-        self.default.set_state(self.default_state)
+        """Put the default generator where plain `generate` leaves it after so many steps, unless it stands there."""
+        if steps != self.longest:
+            self.longest, self.default_state = steps, self._state_before(steps)
+            self.default.set_state(self.default_state)
 
     def finish(self, rows: list[int]) -> None:
         """Forget rows that are written to their end."""
@@ -131,10 +130,14 @@ class Noise:
         self.stands_at = step + 1
         if step + 1 == self.first + len(self.states):
             self.states.append(self.own.get_state())
-        for row, place in self.places.items():
-            if self.made[row] == step < self.taken[row] + self.capacity:
-                self.buffer[place, step % self.capacity] = block[row]
-                self.made[row] += 1
+        takers = [row for row in self.places if self.made[row] == step < self.taken[row] + self.capacity]
+        if len(takers) == self.batch == len(self.buffer):
+            self.buffer[:, step % self.capacity] = block
+        else:
+            for row in takers:
+                self.buffer[self.places[row], step % self.capacity] = block[row]
+        for row in takers:
+            self.made[row] += 1
         passed = min((self.taken[row] for row in self.places), default=self.first) - self.first
         if passed > 0:
             self.first += passed

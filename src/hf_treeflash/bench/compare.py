@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,14 @@ class Arm:
             What drafts, with its knobs; None for plain `generate`.
         options (`dict`, *optional*):
             Further arguments of `generate`.
+        around (`Callable`, *optional*):
+            Makes the context in which it decodes.
     """
 
     name: str
     drafter: Any = None
     options: dict[str, Any] = field(default_factory=dict)
+    around: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def is_static(self) -> bool:
@@ -156,14 +159,15 @@ def compare(
     def decode(arm: Arm, index: int, **more):
         prompt = prompts[index]
         torch.manual_seed(seed + index)
-        return target.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            assistant_model=arm.drafter,
-            **kwargs,
-            **arm.options,
-            **more,
-        )
+        with arm.around():
+            return target.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                assistant_model=arm.drafter,
+                **kwargs,
+                **arm.options,
+                **more,
+            )
 
     records = []
     for arm in arms:
