@@ -263,11 +263,11 @@ class TreeDecoding:
             outputs ([`ModelOutput`]):
                 What the target says of them, `logits` of shape `(rows, nodes, vocab)`.
         """
-        unfinished = self.sequences.unfinished.tolist()
+        ended = self.sequences.ended_rows() if self.together else set()
         verdicts = self.walker(state.rows, tree.children, outputs.logits)
         for index, (row, verdict) in enumerate(zip(state.rows, verdicts, strict=True)):
             self.recorder.path(row, index, verdict.path, outputs, state.prefix)
-            if not unfinished[row]:  # padding says nothing of the drafter
+            if row in ended:  # padding says nothing of the drafter
                 continue
             self.acceptance_lengths[row].append(len(verdict.path))
             if tree.token_ids.shape[1] > 1:  # a round without a draft says nothing of the drafter

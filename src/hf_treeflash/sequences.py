@@ -86,6 +86,10 @@ class Sequences:
         self._ids = torch.cat([self._ids, token_ids[:, None]], dim=1)  # (batch, length + 1)
         self.lengths = [self._ids.shape[1]] * len(self.lengths)
 
+    def ended_rows(self) -> set[int]:
+        """Return the rows that have ended, where rows advance together."""
+        return {row for row, unfinished in enumerate(self.unfinished.tolist()) if not unfinished}
+
     def judge(self, scores: tuple | None) -> bool:
         """Ask all criteria about all rows, as plain decoding does; return whether every row has ended.
 
