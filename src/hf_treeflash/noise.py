@@ -39,6 +39,7 @@ class Noise:
         self.default, self.own = default_generator(device), torch.Generator(device)
         self.default_state = self.default.get_state()
         self.stands_at = -1  # the step whose noise `own` would make next
+        self.longest = 0  # tokens of the longest text
         self._start(0)
 
     def ahead(self, rows: list[int], tokens: int) -> torch.Tensor:

@@ -83,7 +83,7 @@ def test_rows_draw_what_plain_steps_draw_however_far_they_are_apart(batch, capac
 def test_scores_that_are_no_distribution_fail_as_in_plain_decoding():
     noise = Noise(1, 4, CPU)
     for scores in (torch.full((1, 9), float("nan")), torch.full((1, 9), float("-inf"))):
-        with pytest.raises(RuntimeError, match="inf|nan"):
+        with pytest.raises(RuntimeError, match=r"inf|nan"):
             noise.draw([0], scores)
 
 
