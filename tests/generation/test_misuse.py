@@ -181,6 +181,7 @@ def test_a_drafter_that_never_helps_is_reported_once(shared, caplog):
     from transformers.utils import logging as hf_logging
 
     useless = with_knobs(tiny_drafter(), tree_budget=2)
+    logging.Logger.warning_once.cache_clear()  # another test may have been told the same
     hf_logging.get_logger("hf_treeflash.candidate_generator").propagate = True
     hf_logging.enable_propagation()
     with caplog.at_level(logging.WARNING):
