@@ -1,4 +1,7 @@
-"""The decoding loop: draft, verify, walk and commit until every text has ended."""
+"""The decoding loop: draft, verify, walk and commit until every text has ended.
+
+Longer than 300 lines, so that the loop and each of its verbs can be read in one place.
+"""
 
 import dataclasses
 import functools

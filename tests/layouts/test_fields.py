@@ -13,7 +13,7 @@ BASES = {published.name: published for published in READ}
 PLAIN, WINDOWED = "DFlash", "DFlash SWA, some layers"
 MUTATIONS: list[tuple[str, dict]] = [
     (PLAIN, {"architectures": ["DFlashLagunaForCausalLM"]}),
-    (PLAIN, {"vocab_size": 25}),
+    (PLAIN, {"vocab_size": 500}),
     (PLAIN, {"hidden_size": 16}),
     (PLAIN, {"intermediate_size": 32}),
     (PLAIN, {"num_hidden_layers": 1}),

@@ -4,6 +4,8 @@ K6, gated delta: a linear-attention layer over the nodes of a draft tree, each c
 A tree is a sequence in which "earlier" means "ancestor". What the chunked form of the gated delta rule (arXiv
 2412.06464) does with the causal triangle it can do with the ancestor mask, which is lower triangular too, as parents
 stand before their children. All nodes start from the one stored state; none gets a state of its own.
+
+Longer than 300 lines: kernel, launch and oracle of one operation stand together.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@ K1, tree attention: the nodes of a draft tree attend to a dense prefix and to th
 
 The verification step of tree speculative decoding (TreeFlash, arXiv 2606.03819). The kernel combines split-KV decoding
 (FlashDecoding), packing of the query heads that share a key/value head, and ancestor masks of one bit per node pair.
+
+Longer than 300 lines: kernels, launch and oracle of one operation stand together.
 """
 
 from __future__ import annotations
