@@ -60,7 +60,8 @@ def check_restorable(cache: Cache | None) -> None:
             raise ValueError(
                 f"Tree drafting cannot take rejected tokens back from layer {index} of the target's cache, a "
                 f"{type(layer).__name__}. Layers with full or sliding-window attention work, and recurrent ones with "
-                "a single state, in a `DynamicCache` (what `generate` makes by itself)."
+                "a single state, in a `DynamicCache` (what `generate` makes by itself) or, where all layers are "
+                "attention, with `cache_implementation='static'`."
             )
 
 
