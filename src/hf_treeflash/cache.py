@@ -17,7 +17,7 @@ from .choice import Choice, Uploaded
 from .layers import Columns, Kept, Window, placed
 from .rows import Row, Rows
 from .states import Reached, State
-from .storage import Storage, StoredLayer, release, share
+from .storage import Storage, StoredLayer, Unwritten, release, share
 
 
 def kept_by(layer: Any, rewinds: bool = False) -> list[Kept] | None:
@@ -150,6 +150,27 @@ class PrefixCache:
             return None
         states = [(layer.keys, layer.values) for layer in self.cache.layers if layer.is_initialized]
         return [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in states]
+
+    @contextmanager
+    def unwritten(self) -> Iterator[Unwritten | None]:
+        """Leave the columns of a pass to its attention to write; None where layers write their own.
+
+        Raises:
+            RuntimeError: If some were not written.
+        """
+        if not all(isinstance(layer, StoredLayer) for layer in self.cache.layers):
+            yield None
+            return
+        unwritten = Unwritten()
+        for storage in self.storages or ():
+            storage.unwritten = unwritten
+        try:
+            yield unwritten
+            if unwritten.states:
+                raise RuntimeError("a layer's attention did not write its keys and values")
+        finally:
+            for storage in self.storages or ():
+                storage.unwritten = None
 
     def stored(self, place: int) -> int:
         """Return how many columns of the prefix a layer holds; none before its first pass."""

@@ -14,6 +14,32 @@ LAYERS = 8  # of one storage at most: while it is copied to a larger one, their 
 Views = tuple[torch.Tensor, ...]
 
 
+class Unwritten:
+    """Keys and values of a pass that its attention writes to their storages, as it reads them.
+
+    Attributes:
+        states (`dict[int, tuple[torch.Tensor, torch.Tensor]]`):
+            Those that are still to be written, by the id of the keys that the attention is given.
+    """
+
+    def __init__(self):
+        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def take(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the states of a layer's pass, to be written behind the others of its keys.
+
+        Args:
+            keys (`torch.Tensor`):
+                What the layer's cache returned.
+
+        Raises:
+            RuntimeError: If the keys came from elsewhere, or were changed on their way.
+        """
+        if id(keys) not in self.states:
+            raise RuntimeError("keys reached the attention in another form than the cache gave them")
+        return self.states.pop(id(keys))
+
+
 class Storage:
     """The states of layers of one shape, for a single text; it answers to the verbs of layers that such a text needs.
 
@@ -30,6 +56,7 @@ class Storage:
         torch.stack(parts, out=self.states.narrow(3, 0, length))
         self.lengths = [length] * len(layers)  # during a pass some layers are ahead of others
         self._views_of: tuple[int, int] | None = None
+        self.unwritten: Unwritten | None = None  # while passes leave their columns to their attention
 
     def views(self, length: int, new: int) -> tuple[Views, Views]:
         """Return the columns a pass writes and those it reads afterwards: keys and values of each layer in turn.
@@ -106,8 +133,11 @@ class StoredLayer(DynamicLayer):
         """Append a pass's columns; return all keys and values."""
         new, first = key_states.shape[2], 2 * self.index
         written, read = self.storage.views(self.get_seq_length(), new)
-        written[first].copy_(key_states)
-        written[first + 1].copy_(value_states)
+        if self.storage.unwritten is not None and not torch.compiler.is_compiling():
+            self.storage.unwritten.states[id(read[first])] = key_states, value_states
+        else:
+            written[first].copy_(key_states)
+            written[first + 1].copy_(value_states)
         self.storage.lengths[self.index] += new
         return read[first], read[first + 1]
 
@@ -162,4 +192,4 @@ def _with_columns(states: torch.Tensor, columns: int) -> tuple[int, int, int, in
     return batch, heads, columns, size
 
 
-__all__ = ["Storage", "release", "share"]
+__all__ = ["Storage", "StoredLayer", "Unwritten", "release", "share"]

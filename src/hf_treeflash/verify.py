@@ -85,7 +85,7 @@ class Verifier:
         if self.recurrent is not None:
             self.recurrent.install(target)
         self.by_kernel = PrefixAttention(target)
-        self.proven = False  # a pass has run through the kernel
+        self.proven: set[bool] = set()  # whether passes through the kernel that ran wrote their columns by it
 
     def __call__(self, tree: DraftTree, prefix: PrefixCache, anchor_positions: torch.Tensor, model_kwargs: dict):
         """Run the target once over the nodes.
@@ -137,19 +137,22 @@ class Verifier:
 
     def _attempt(self, run: Callable, arguments: dict, prefix: PrefixCache):
         """Run a pass through the kernel; where the first one fails, there is none, and masks are used from then on."""
+        writes = None
         try:
-            outputs = run(**arguments)
+            with prefix.unwritten() as unwritten:
+                writes = unwritten is not None
+                outputs = run(tree_unwritten=unwritten, **arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if self.proven:
+            if writes in self.proven:
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             logger.warning_once(f"{type(self.target).__name__} runs without the tree attention kernel. {reason}")
             self.by_kernel.runs = False
             prefix.rollback()
             return None
-        self.proven = True
+        self.proven.add(writes)
         return outputs
 
 

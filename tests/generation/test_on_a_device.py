@@ -116,4 +116,4 @@ def test_launches_of_36_and_5_layers():
     verify = most(few, "verify") + 32 * (most(more, "verify") - most(few, "verify"))
     draft = most(few, "draft") + 3 * (most(more, "draft") - most(few, "draft"))
     moves = 2 * (-(-36 // LAYERS_OF_A_STORAGE) - 1)  # a path's columns, in each further storage
-    assert verify + draft + most(few, "walk") + most(few, "commit") + moves <= 1960
+    assert verify + draft + most(few, "walk") + most(few, "commit") + moves <= 1900

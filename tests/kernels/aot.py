@@ -23,15 +23,15 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[2] / "src" / "hf_treeflash"))
 
 
-def attention(dtype: str, dim: int, group: int, splits: int, nodes: int, capability: int) -> dict:
+def attention(dtype: str, dim: int, group: int, splits: int, nodes: int, capability: int, append=False) -> dict:
     module = importlib.import_module("kernels.tree_attention")
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     config = module.tree_attention_config(torch_dtype, dim, nodes * group, divmod(capability, 10))
-    types = {name: f"*{dtype}" for name in ("Q", "K", "V", "OUT")}
+    types = {name: f"*{dtype}" for name in ("Q", "K", "V", "NEW_K", "NEW_V", "OUT")}
     types |= {name: "*i64" for name in ("WORDS", "PREFIX", "START")}
     types |= {"PARTIAL": "*fp32" if splits > 1 else f"*{dtype}", "LSE": "*fp32" if splits > 1 else f"*{dtype}"}
     types["scale_log2e"] = "fp32"
-    constants = {"GROUP": group, "DIM": dim, "SPLITS": splits, "UPCAST": False}
+    constants = {"GROUP": group, "DIM": dim, "SPLITS": splits, "APPEND": append, "UPCAST": False}
     constants |= {"nodes": 1} if nodes == 1 else {}  # as the launcher does with integers that are 1
     return {"kernel": module._tree_attention_kernel, "types": types, "constants": constants | config}
 
@@ -109,6 +109,8 @@ def configurations(capability: int) -> dict[str, dict]:
         "attention bf16 d128 g4 split 8": attention("bf16", 128, 4, 8, 64, capability),
         "attention bf16 d128 g4 split 1, one node": attention("bf16", 128, 4, 1, 1, capability),
         "attention bf16 d128 g4 split 8, one node": attention("bf16", 128, 4, 8, 1, capability),
+        "attention bf16 d128 g4 split 1, new": attention("bf16", 128, 4, 1, 64, capability, append=True),
+        "attention bf16 d128 g4 split 8, new": attention("bf16", 128, 4, 8, 64, capability, append=True),
         "attention bf16 d64 g2 split 4": attention("bf16", 64, 2, 4, 64, capability),
         "attention bf16 d256 g2 split 4": attention("bf16", 256, 2, 4, 64, capability),
         "attention fp32 d128 g4 split 4": attention("fp32", 128, 4, 4, 64, capability),
@@ -142,7 +144,7 @@ def compile_one(kernel, types: dict, constants: dict, capability: int) -> dict:
     # Pointers and strides divisible by 16, as the launcher finds them; without it loads are not vectorised.
     aligned = [
         (place,) for place, name in enumerate(jitted.arg_names)
-        if signature[name].startswith("*") or re.fullmatch(r"[qkvw]_\w+|\w+_stride", name)
+        if signature[name].startswith("*") or re.fullmatch(r"[qkvwn]_\w+|\w+_stride", name)
     ]  # fmt: skip
     source = ASTSource(jitted, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -72,6 +72,26 @@ def test_kernel_equals_oracle_in_half_precision(triton_kernels, device, name, dt
     torch.testing.assert_close(output, tree_attention_reference(*case), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_new_keys_and_values_are_written_and_read(triton_kernels, device, name):
+    query, key, value, *rest = make_case(name, torch.float32, device)
+    prefix, nodes = rest[1].tolist(), query.shape[2]
+    expected = tree_attention_reference(query, key, value, *rest)
+
+    def at_nodes(states: torch.Tensor) -> torch.Tensor:
+        return torch.stack([states[row, :, first : first + nodes] for row, first in enumerate(prefix)])
+
+    new = tuple(at_nodes(states).transpose(1, 2).contiguous().transpose(1, 2) for states in (key, value))
+    for function in (tree_attention, tree_attention_reference):
+        caches = key.clone(), value.clone()
+        for row, first in enumerate(prefix):
+            for cache in caches:
+                cache[row, :, first : first + nodes] = float("nan")
+        torch.testing.assert_close(function(query, *caches, *rest, new), expected, atol=1e-5, rtol=1e-5)
+        for cache, states in zip(caches, (key, value), strict=True):
+            torch.testing.assert_close(cache, states, equal_nan=True, atol=0, rtol=0)
+
+
 def test_rows_that_see_nothing_are_zero(triton_kernels, device):
     query, key, value, words, prefix, start, scaling, _ = make_case("no prefix", torch.float32, device)
     words[:, 3] = 0

@@ -121,6 +121,7 @@ def tree_attention_forward(
     scaling: float | None = None,
     tree_prefix: torch.Tensor | None = None,
     tree_start: torch.Tensor | None = None,
+    tree_unwritten=None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -146,6 +147,8 @@ def tree_attention_forward(
             Slot of node 0. Its presence makes this a tree call.
         tree_start (`torch.LongTensor` of shape `(batch,)`, *optional*):
             First valid slot (left padding), 0 if not given.
+        tree_unwritten ([`Unwritten`], *optional*):
+            Where a cache left the keys and values of the nodes, for this function to write to their slots.
 
     Returns:
         `tuple` of the output `(batch, nodes, heads, head_dim)` and None.
@@ -182,7 +185,8 @@ def tree_attention_forward(
         if torch.compiler.is_compiling():
             return tree_attention_op(*inputs), None
         # Launched one by one, passes wait for the host, which an operator of our own and a merge of splits would keep.
-        return tree_attention(*inputs, default_num_splits(query, key, SLOTS_OF_A_LAUNCH)), None
+        new = None if tree_unwritten is None else tree_unwritten.take(key)
+        return tree_attention(*inputs, default_num_splits(query, key, SLOTS_OF_A_LAUNCH), new), None
     mask = dense_tree_mask(words, tree_prefix, tree_start, key.shape[2], sliding_window=window)
     if softcap is not None or sinks is not None:
         return _softmax_attention(module, query, key, value, mask, scaling, softcap, sinks), None

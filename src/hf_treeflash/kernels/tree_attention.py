@@ -58,10 +58,11 @@ def _attend(
 
 @LazyKernel
 def _tree_attention_kernel(
-    Q, K, V, WORDS, PREFIX, START, PARTIAL, LSE, OUT, scale_log2e,
-    q_batch, q_head, q_node, k_batch, k_head, k_slot, v_batch, v_head, v_slot, w_batch, w_node, nodes, kv_heads,
+    Q, K, V, NEW_K, NEW_V, WORDS, PREFIX, START, PARTIAL, LSE, OUT, scale_log2e,
+    q_batch, q_head, q_node, k_batch, k_head, k_slot, v_batch, v_head, v_slot,
+    n_k_batch, n_k_head, n_k_node, n_v_batch, n_v_head, n_v_node, w_batch, w_node, nodes, kv_heads,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
-    SPLITS: tl.constexpr, UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr, APPEND: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     batch_head = tl.program_id(0).to(tl.int64)
     batch = batch_head // kv_heads
@@ -101,14 +102,32 @@ def _tree_attention_kernel(
 
     if split == SPLITS - 1:
         column = tl.arange(0, TAIL_N)
+        tail_k, tail_v = k_base + prefix * k_slot, v_base + prefix * v_slot
+        if APPEND:  # nobody reads their slots of the cache while one program writes there
+            new_k = NEW_K + batch * n_k_batch + kv_head * n_k_head
+            new_v = NEW_V + batch * n_v_batch + kv_head * n_v_head
+            if tl.program_id(1) == 0:
+                for first in range(0, nodes, TAIL_N):
+                    place = first + column
+                    in_tail = (place < nodes)[:, None]
+                    k = tl.load(new_k + place[:, None] * n_k_node + dim[None, :], mask=in_tail)
+                    tl.store(tail_k + place[:, None] * k_slot + dim[None, :], k, mask=in_tail)
+                    v = tl.load(new_v + place[:, None] * n_v_node + dim[None, :], mask=in_tail)
+                    tl.store(tail_v + place[:, None] * v_slot + dim[None, :], v, mask=in_tail)
         for first in range(0, nodes, TAIL_N):
             word = tl.load(WORDS + batch * w_batch + node * w_node + first // 64, mask=in_rows, other=0)
             sees = ((word[:, None] >> (first % 64 + column)[None, :].to(tl.int64)) & 1) != 0
             in_slots = first + column < nodes
-            top, total, acc = _attend(
-                q, k_base, v_base, k_slot, v_slot, prefix + first + column, in_slots, sees & in_slots[None, :],
-                scale_log2e, top, total, acc, DIM, UPCAST,
-            )  # fmt: skip
+            if APPEND:
+                top, total, acc = _attend(
+                    q, new_k, new_v, n_k_node, n_v_node, first + column, in_slots, sees & in_slots[None, :],
+                    scale_log2e, top, total, acc, DIM, UPCAST,
+                )  # fmt: skip
+            else:
+                top, total, acc = _attend(
+                    q, tail_k, tail_v, k_slot, v_slot, first + column, in_slots, sees & in_slots[None, :],
+                    scale_log2e, top, total, acc, DIM, UPCAST,
+                )  # fmt: skip
 
     safe_total = tl.where(total == 0.0, 1.0, total)
     out = acc / safe_total[:, None]
@@ -233,9 +252,15 @@ def tree_attention_reference(
     kv_start: torch.Tensor,
     scaling: float,
     num_splits: int,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Plain torch oracle of [`tree_attention`]; `num_splits` does not change the result."""
     batch, heads, nodes, head_dim = query.shape
+    if new is not None:
+        rows = torch.arange(batch, device=query.device)[:, None]
+        slots = prefix_length[:, None] + torch.arange(nodes, device=query.device)
+        for cached, states in zip((key, value), new, strict=True):
+            cached[rows, :, slots] = states.transpose(1, 2)
     kv_heads = key.shape[1]
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     mask = dense_tree_mask(ancestor_words, prefix_length, kv_start, key.shape[2]).unsqueeze(2)
@@ -249,7 +274,7 @@ def tree_attention_reference(
     return output.reshape(batch, heads, nodes, head_dim).transpose(1, 2).to(query.dtype).contiguous()
 
 
-def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, words: torch.Tensor, num_splits: int) -> None:
+def _check(query, key, value, words, num_splits: int, new: tuple[torch.Tensor, torch.Tensor] | None) -> None:
     batch, heads, nodes, head_dim = query.shape
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != head_dim:
         shapes = [tuple(t.shape) for t in (query, key, value)]
@@ -261,6 +286,12 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, words: t
     if words.dtype != torch.int64 or words.shape != (batch, nodes, num_words(nodes)):
         expected = (batch, nodes, num_words(nodes))
         raise ValueError(f"ancestor_words must be int64 of shape {expected}, got {words.dtype} {tuple(words.shape)}")
+    if new is not None and any(
+        states.shape != (batch, key.shape[1], nodes, head_dim) or states.dtype != key.dtype for states in new
+    ):
+        raise ValueError(f"new keys and values do not fit the nodes: {[(t.dtype, tuple(t.shape)) for t in new]}")
+    if new is not None and not key.stride(3) == value.stride(3) == 1:
+        raise ValueError("keys and values that are written to must have a contiguous head_dim")
     if num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, got {num_splits}")
 
@@ -274,6 +305,7 @@ def tree_attention(
     kv_start: torch.Tensor,
     scaling: float,
     num_splits: int,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Attention of the tree nodes to the prefix and to their ancestors, softmax in fp32.
@@ -295,6 +327,9 @@ def tree_attention(
             Factor of the scores before the softmax.
         num_splits (`int`):
             Into how many parts the prefix is cut; more parts fill the device at long contexts.
+        new (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            Keys and values of the nodes, `(batch, kv_heads, nodes, head_dim)`, to be written to their slots of `key`
+            and `value`, which need a contiguous `head_dim`; by default they are there already.
 
     Returns:
         `torch.Tensor` of shape `(batch, nodes, heads, head_dim)`, the layout transformers expects. Rows that see
@@ -303,13 +338,15 @@ def tree_attention(
     Raises:
         ValueError: if shapes or dtypes do not fit each other.
     """
-    _check(query, key, value, ancestor_words, num_splits)
+    _check(query, key, value, ancestor_words, num_splits, new)
     batch, heads, nodes, head_dim = query.shape
     if not (use_triton(query) and is_tileable(head_dim)):
         return tree_attention_reference(
-            query, key, value, ancestor_words, prefix_length, kv_start, scaling, num_splits
+            query, key, value, ancestor_words, prefix_length, kv_start, scaling, num_splits, new
         )
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    query, key, value, new_key, new_value = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, *(new or (key, value)))
+    )
     words = ancestor_words if ancestor_words.stride(-1) == 1 else ancestor_words.contiguous()
     kv_heads = key.shape[1]
     group = heads // kv_heads
@@ -320,9 +357,11 @@ def tree_attention(
         partial = query.new_empty(batch * kv_heads, num_splits, nodes * group, head_dim, dtype=torch.float32)
         lse = query.new_empty(batch * kv_heads, num_splits, nodes * group, dtype=torch.float32)
     _tree_attention_kernel[(batch * kv_heads, -(-nodes * group // config["BLOCK_M"]), num_splits)](
-        query, key, value, words, prefix_length.contiguous(), kv_start.contiguous(), partial, lse, output,
-        scaling * math.log2(math.e), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *words.stride()[:2],
-        nodes, kv_heads, GROUP=group, DIM=head_dim, SPLITS=num_splits, UPCAST=not query.is_cuda, **config,
+        query, key, value, new_key, new_value, words, prefix_length.contiguous(), kv_start.contiguous(),
+        partial, lse, output, scaling * math.log2(math.e),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *new_key.stride()[:3], *new_value.stride()[:3],
+        *words.stride()[:2], nodes, kv_heads,
+        GROUP=group, DIM=head_dim, SPLITS=num_splits, APPEND=new is not None, UPCAST=not query.is_cuda, **config,
     )  # fmt: skip
     if num_splits > 1:
         splits_block, block_m = merge_tile(num_splits, head_dim)
