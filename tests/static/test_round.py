@@ -153,18 +153,6 @@ def test_compiles_both_models_with_the_calls_settings(target):
     assert not the_session(drafter).compiled and len(graphs) == 2
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(target, warnings):
-    def backend(graph, inputs):
-        raise LookupError("no such processor")
-
-    torch._dynamo.reset()
-    drafter, config = drafter_of(), CompileConfig(backend=backend)
-    static = generate(target, drafter, compile_config=config)
-    assert torch.equal(static.sequences, plainly(target))
-    (told,) = warnings
-    assert "no such processor" in told and "the text is the same" in told
-
-
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 0}], ids=["greedy", "sampled"])
 def test_rounds_launched_before_the_last_is_read(target, monkeypatch, settings):
     """As on CUDA: rows may stand still for a round, and noise must last."""
@@ -210,43 +198,6 @@ def test_recording_in_the_middle_of_a_text_changes_nothing(target, monkeypatch):
         static = generate(target, drafter, padded(2, seed=seed), **settings)
         assert torch.equal(static.sequences, plainly(target, padded(2, seed=seed), **settings))
         assert the_session(drafter) is launcher and set(launcher.graphs) == {256, 512}
-
-
-def test_a_recording_that_breaks_off(target, monkeypatch, warnings):
-    """The text goes on plainly, on the stream it was on, and what went wrong can be asked."""
-    text, warming, recording = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(3))
-    current = text
-
-    @contextmanager
-    def stream(other):
-        nonlocal current
-        before, current = current, other
-        try:
-            yield
-        finally:
-            current = before
-
-    @contextmanager
-    def graph(graph, **options):
-        nonlocal current
-        current, round.run = recording, lambda span: None  # what is called while recording does not run
-        yield
-        del round.run
-        raise RuntimeError("operation not permitted when stream is capturing")  # and the stream stays
-
-    fakes = {"CUDAGraph": object, "graph": graph, "stream": stream, "current_stream": lambda: current}
-    for name, fake in {**fakes, "Stream": lambda: warming}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    drafter = drafter_of(False, 33)
-    generate(target, drafter)
-    launcher = the_session(drafter)
-    round = launcher.round
-    launcher.compiled, launcher.steps_compiled, launcher.graphs, launcher.seen = True, True, {}, set()
-    assert torch.equal(generate(target, drafter).sequences, plainly(target))
-    assert the_session(drafter) is launcher and launcher.graphs is None and not launcher.compiled
-    assert "stream is capturing" in launcher.failure and current is text
-    (told,) = warnings
-    assert launcher.failure in told
 
 
 def test_the_next_call_finds_what_the_last_one_made(target):

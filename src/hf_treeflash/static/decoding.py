@@ -74,6 +74,12 @@ class StaticDecoding(TreeDecoding):
             if len(under_way) > round.ahead:
                 for index, (*tokens, count) in enumerate(under_way.popleft()()):
                     lengths[index] += count
+                    if rows[index] in unfinished and not count:
+                        raise RuntimeError(
+                            f"A round under cache_implementation='static' gave row {rows[index]} no token: what was "
+                            "compiled or recorded is broken. Call with `disable_compile=True`, and please report this "
+                            "with the output of `hf-treeflash env`."
+                        )
                     if rows[index] in unfinished and self._take(rows[index], tokens[:count]):
                         unfinished.remove(rows[index])
                         round.active[index] = False

@@ -50,9 +50,9 @@ class Launcher:
     """Launches rounds, and keeps what was compiled and recorded for them.
 
     On CUDA both models are compiled and the round is recorded as a graph, once, or once per span where a pass takes
-    masks; on other devices models are
-    compiled where the call has a `compile_config`. `disable_compile` turns both off. What cannot be compiled or
-    recorded runs as it is, after a warning.
+    masks; on other devices models are compiled where the call has a `compile_config`. `disable_compile` turns both
+    off. What cannot be compiled or recorded runs as it is, and without the kernel where that fails, too, each after a
+    warning.
 
     Args:
         round ([`StaticRound`]):
@@ -108,14 +108,13 @@ class Launcher:
             if span in self.seen or not (short or self.compiled or self.round.by_kernel):
                 raise
             if not short:
-                self._make_plain(error)
+                self._do_without(error)
         # Behind the handler, where what the failed attempt allocated is free again.
         if short:
             self.make_room()
             self._attempt(span)
         else:
-            self.round.run(span)
-            self.seen.add(span)
+            self.launch(span)
 
     def _attempt(self, span: int) -> None:
         if self.compiled and not self.steps_compiled:
@@ -166,15 +165,20 @@ class Launcher:
             self._run(span)
         return graph
 
-    def _make_plain(self, error: Exception) -> None:
-        self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    def _do_without(self, error: Exception) -> None:
+        """Give up what a round failed with: compiled models and graphs first, then the kernel."""
+        given_up = "uncompiled" if self.compiled else "without tree attention"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.warning_once(
-            f"{type(self.round.target).__name__} runs uncompiled and without tree attention under "
-            f"cache_implementation='static'; the text is the same. {self.failure}"
+            f"{type(self.round.target).__name__} runs {given_up} under cache_implementation='static'; the text is the "
+            f"same. {reason}"
         )
-        self.compiled, self.graphs = False, None
-        self.round.steps_uncompiled()
-        self.round.without_kernel()
+        if self.compiled:
+            self.compiled, self.graphs = False, None
+            self.round.steps_uncompiled()
+        else:
+            self.round.without_kernel()
+        self.failure = reason
 
 
 __all__ = ["Launcher"]
