@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from hf_treeflash.bench.compare import Arm, compare, text_table
+from hf_treeflash.bench.arms import Arm
+from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair, with_knobs
+from hf_treeflash.bench.tables import text_table
 
 
 def tree(value: str) -> tuple[int, int]:

@@ -13,8 +13,10 @@ from unittest import mock
 
 from transformers.utils import logging
 
-from hf_treeflash.bench.compare import Arm, compare, text_table, tree_arm
+from hf_treeflash.bench.arms import Arm, tree_arm
+from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair, with_knobs, without_head
+from hf_treeflash.bench.tables import text_table
 from hf_treeflash.decoding import TreeDecoding
 
 

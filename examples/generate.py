@@ -14,8 +14,10 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 import hf_treeflash  # noqa: F401 - lets `generate` draft trees
-from hf_treeflash.bench.compare import Arm, compare, text_table, tree_arm
+from hf_treeflash.bench.arms import Arm, tree_arm
+from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
+from hf_treeflash.bench.tables import text_table
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -11,8 +11,10 @@ import typer
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from .bench.compare import compare, standard_arms, text_table
+from .bench.arms import standard_arms
+from .bench.compare import compare
 from .bench.pairs import describe_pair, encode_prompt, load_pair, load_target
+from .bench.tables import text_table
 
 app = typer.Typer(
     help="Lossless tree speculative decoding inside transformers' generate().",

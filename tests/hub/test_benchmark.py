@@ -7,16 +7,10 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from hf_treeflash.bench.compare import (
-    RoundRecorder,
-    acceptance_rates,
-    compare,
-    distinct_ngrams,
-    standard_arms,
-    text_table,
-    tree_arm,
-)
+from hf_treeflash.bench.arms import standard_arms, tree_arm
+from hf_treeflash.bench.compare import RoundRecorder, acceptance_rates, compare, distinct_ngrams
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, revision_of, with_knobs, without_head
+from hf_treeflash.bench.tables import text_table
 from tests.helpers.pair_on_disk import CHAT_TEMPLATE, letter_tokenizer
 from tests.helpers.tiny import prompt, tiny_drafter, tiny_target
 

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 
 import hf_treeflash
 from hf_treeflash import TreeFlashDraftModel
-from hf_treeflash.bench.compare import compare, standard_arms
+from hf_treeflash.bench.arms import standard_arms
+from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.pairs import describe_pair
 from hf_treeflash.hub import export_drafter, export_speculators
 from hf_treeflash.hub.scan import check_file

@@ -1,74 +1,18 @@
 """Compares ways to decode: same process, same prompts, interleaved, with the spread beside every median."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from ..knobs import KNOB_DEFAULTS
-from .measuring import columns, machine, spread, synchronize
-from .pairs import with_knobs, without_head
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to decode.
-
-    Args:
-        name (`str`):
-            How tables call it.
-        drafter ([`PreTrainedModel`], *optional*):
-            What drafts, with its knobs; None for plain `generate`.
-        options (`dict`, *optional*):
-            Further arguments of `generate`.
-        around (`Callable`, *optional*):
-            Makes the context in which it decodes.
-    """
-
-    name: str
-    drafter: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
-    around: Callable[[], AbstractContextManager] = nullcontext
-
-    @property
-    def is_static(self) -> bool:
-        """Whether it decodes over static caches, where passes may be replayed without a call that could be counted."""
-        return self.options.get("cache_implementation") == "static"
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """The drafting knobs this arm runs with; a chain and plain decoding have none."""
-        if self.drafter is None or "speculation_type" in self.options:
-            return {}
-        return {knob: getattr(self.drafter.generation_config, knob) for knob in KNOB_DEFAULTS}
-
-
-def standard_arms(drafter, **knobs) -> list[Arm]:
-    """Return plain decoding, the chain, the marginal tree and, for a drafter with a head, the TreeFlash tree.
-
-    Args:
-        drafter ([`TreeFlashDraftModel`]):
-            The drafter; it is not changed, the arms hold views that share its weights.
-        knobs:
-            Drafting knobs of the trees; the drafter's own by default.
-    """
-    arms = [Arm("plain"), Arm("chain", drafter, {"speculation_type": "dflash"})]
-    marginal = with_knobs(without_head(drafter), **knobs)
-    arms.append(Arm(f"marginal tree B{marginal.generation_config.tree_budget}", marginal))
-    if drafter.config.ar_head is not None:
-        arms.append(tree_arm(drafter, **knobs))
-    return arms
-
-
-def tree_arm(drafter, **knobs) -> Arm:
-    """Return the TreeFlash tree at some knobs, named after budget and candidates."""
-    view = with_knobs(drafter, **knobs)
-    config = view.generation_config
-    return Arm(f"TreeFlash tree B{config.tree_budget} M{config.num_candidates}", view)
+from .arms import Arm
+from .calls import Calls
+from .differences import differences
+from .measuring import machine, spread, synchronize
 
 
 class RoundRecorder(BaseStreamer):
@@ -121,90 +65,109 @@ def compare(
     max_new_tokens: int = 128,
     repeats: int = 7,
     seed: int = 0,
+    batch_size: int = 1,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     **generate_kwargs,
 ) -> dict[str, Any]:
     """Measure each arm against the first on the same prompts.
 
-    A first pass per prompt and arm warms up and records the text and the target's passes; then every repeat runs all
-    arms on each prompt in turn, starting with another arm each time, so that a slow minute of the machine meets all
+    A first pass per batch and arm warms up and records the texts and the target's passes; then every repeat runs all
+    arms on each batch in turn, starting with another arm each time, so that a slow minute of the machine meets all
     arms alike. A speed-up is the quotient of the two arms' tokens per second within one repeat.
 
     Args:
         target ([`PreTrainedModel`]):
             The target.
         arms (`Sequence[Arm]`):
-            What to compare; the first is the baseline.
+            What to compare; the first is the baseline. Larger batches leave out what transformers drafts for single
+            texts only.
         prompts (`Sequence[torch.LongTensor]` of shape `(1, length)`):
-            Prompts, decoded one by one.
+            Prompts.
         task (`str`, *optional*):
             Name of the prompts.
         max_new_tokens (`int`, *optional*, defaults to 128):
-            Tokens per prompt.
+            Tokens per prompt, at most.
         repeats (`int`, *optional*, defaults to 7):
             Timed repeats over all prompts.
         seed (`int`, *optional*, defaults to 0):
-            Seed of the first prompt; prompt `i` runs with `seed + i`, in every arm and repeat.
+            Seed of the first batch; batch `i` runs with `seed + i`, in every arm and repeat.
+        batch_size (`int`, *optional*, defaults to 1):
+            Prompts decoded together, left-padded.
+        on_progress (`Callable`, *optional*):
+            Told how many generations are done, and of how many.
         generate_kwargs:
             Further arguments of `generate` for all arms, such as `do_sample` and `temperature`.
 
     Returns:
         `dict`: Plain data: `task`, `settings`, `environment` and `arms`; each arm with `tau` (tokens per target pass,
         prefill excluded), `tokens_per_second` (prefill included) and `speedup` as median, least, greatest and all
-        values, `identical` (same tokens as the baseline), `acceptance_rates` (share of passes that accept depth
-        1, 2, ...), `distinct_4grams`, `tokens`, `passes` and `knobs`.
+        values, `identical` (same tokens as the baseline), `differences` (see [`differences`]), `promises_text`
+        (whether they ought to be the same), `acceptance_rates` (share of passes that accept depth 1, 2, ...),
+        `distinct_4grams`, `tokens`, `passes`, `method` and `knobs`.
     """
-    prompts = [prompt.to(target.device) for prompt in prompts]
-    kwargs = {"max_new_tokens": max_new_tokens, **generate_kwargs}
+    if batch_size > 1:
+        arms = [arm for arm in arms if arm.is_ours or arm.is_plain]
+    calls = Calls(target, prompts, batch_size, seed, {"max_new_tokens": max_new_tokens, **generate_kwargs})
+    total, done = len(arms) * len(calls.batches) * (1 + repeats), 0
 
-    def decode(arm: Arm, index: int, **more):
-        prompt = prompts[index]
-        torch.manual_seed(seed + index)
-        with arm.around():
-            return target.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                assistant_model=arm.drafter,
-                **kwargs,
-                **arm.options,
-                **more,
-            )
+    def told(arm: Arm, index: int, **more):
+        nonlocal done
+        on_progress(done, total)
+        done += 1
+        return calls.decode(arm, index, **more)
 
-    records = []
-    for arm in arms:
-        texts, passes = [], []
-        for index, prompt in enumerate(prompts):
-            recorder = RoundRecorder()
-            with nullcontext() if arm.is_static else recorder.watching(target):
-                streamer = None if arm.is_static else recorder
-                output = decode(arm, index, streamer=streamer, return_dict_in_generate=True)
-            texts.append(output.sequences[0, prompt.shape[1] :].tolist())
-            if not arm.is_static:
-                passes += [len(tokens) for tokens in recorder.rounds[1:]]
-            else:  # as the call itself reports; plain decoding takes a pass per token
-                passes += [1] * (len(texts[-1]) - 1) if arm.drafter is None else output.acceptance_lengths[0]
-        records.append((texts, passes))
-    seconds = _time_interleaved(decode, arms, len(prompts), repeats, target.device)
+    records = [_recorded(told, calls, arm) for arm in arms]
+    seconds = _time_interleaved(told, arms, len(calls.batches), repeats, target.device)
+    greedy = not generate_kwargs.get("do_sample", target.generation_config.do_sample)
     return {
         "task": task,
-        "settings": {"prompts": len(prompts), "repeats": repeats, "seed": seed, **kwargs},
+        "settings": {
+            "prompts": len(prompts),
+            "repeats": repeats,
+            "seed": seed,
+            "batch_size": batch_size,
+            **calls.generate_kwargs,
+        },
         "environment": environment(target),
         "arms": [
-            _summary(arm, record, records[0], times, seconds[0])
+            {
+                **_summary(arm, record, records[0], times, seconds[0]),
+                "differences": differences(target, prompts, records[0][0], record[0]),
+                "promises_text": greedy or arm.is_ours or arm.is_plain,
+            }
             for arm, record, times in zip(arms, records, seconds, strict=True)
         ],
     }
 
 
-def _time_interleaved(decode, arms, prompts: int, repeats: int, device: torch.device) -> list[list[float]]:
+def _recorded(decode, calls: Calls, arm: Arm) -> tuple[list[list[int]], list[int]]:
+    """Return an arm's texts, and the tokens of each target pass after the prompts'."""
+    texts, passes = [], []
+    for index in range(len(calls.batches)):
+        recorder = None if arm.is_ours or arm.is_plain else RoundRecorder()
+        with nullcontext() if recorder is None else recorder.watching(calls.target):
+            output = decode(arm, index, streamer=recorder, return_dict_in_generate=True)
+        of_batch = calls.texts(output.sequences, index)
+        texts += of_batch
+        if recorder is not None:
+            passes += [len(tokens) for tokens in recorder.rounds[1:]]
+        elif arm.is_plain:
+            passes += [1] * sum(len(text) - 1 for text in of_batch)
+        else:
+            passes += itertools.chain.from_iterable(output.acceptance_lengths)
+    return texts, passes
+
+
+def _time_interleaved(decode, arms, batches: int, repeats: int, device: torch.device) -> list[list[float]]:
     """Return each arm's seconds per repeat."""
     seconds = [[0.0] * repeats for _ in arms]
     for repeat in range(repeats):
-        for prompt in range(prompts):
+        for batch in range(batches):
             for turn in range(len(arms)):
-                index = (turn + repeat + prompt) % len(arms)
+                index = (turn + repeat + batch) % len(arms)
                 synchronize(device)
                 start = time.perf_counter()
-                decode(arms[index], prompt)
+                decode(arms[index], batch)
                 synchronize(device)
                 seconds[index][repeat] += time.perf_counter() - start
     return seconds
@@ -217,6 +180,7 @@ def _summary(arm: Arm, record, baseline, seconds: list[float], baseline_seconds:
     baseline_speed = [baseline_tokens / time for time in baseline_seconds]
     return {
         "name": arm.name,
+        "method": arm.method or arm.name,
         "knobs": arm.knobs,
         "tau": sum(lengths) / len(lengths) if lengths else None,
         "tokens_per_second": spread(speed),
@@ -250,28 +214,3 @@ def environment(target) -> dict[str, Any]:
     """Describe where and with what target a measurement was made."""
     dtype = str(target.dtype).removeprefix("torch.")
     return {**machine(target.device), "dtype": dtype, "attention": target.config._attn_implementation}
-
-
-def table_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Lay a comparison out as text cells: a heading, then one row per arm."""
-    rows = [("", "tokens per pass", "tokens/s", "speed-up (least to greatest)", "identical")]
-    for arm in result["arms"]:
-        speed, gain = arm["tokens_per_second"], arm["speedup"]
-        rows.append(
-            (
-                arm["name"],
-                "n/a" if arm["tau"] is None else f"{arm['tau']:.2f}",
-                "n/a" if speed is None else f"{speed['median']:.0f}",
-                "n/a" if gain is None else f"{gain['median']:.2f} ({gain['min']:.2f} to {gain['max']:.2f})",
-                "yes" if arm["identical"] else "no",
-            )
-        )
-    return rows
-
-
-def text_table(result: dict[str, Any]) -> str:
-    """Lay a comparison out for a terminal."""
-    lines = [columns(table_rows(result))]
-    if result["arms"][0]["distinct_4grams"] is not None:  # repetition flatters every drafter
-        lines.append(f"distinct 4-grams of the plain text: {result['arms'][0]['distinct_4grams']:.2f}")
-    return "\n".join(lines)

@@ -14,8 +14,10 @@ from ..candidate_generator import TreeFlashCandidateGenerator
 from ..context import Context
 from ..taps import tapped_states
 from ..tree import DraftTree
-from .compare import RoundRecorder, compare, standard_arms, table_rows
+from .arms import standard_arms
+from .compare import RoundRecorder, compare
 from .pairs import load_pair
+from .tables import table_rows
 
 # A small trained target and drafter, and prompts held out of their training.
 EMBEDDED = Path(__file__).parents[1] / "tiny"

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
-from ..bench.compare import table_rows
+from ..bench.tables import table_rows
 from ..knobs import DraftingKnobs
 
 logger = logging.get_logger(__name__)
