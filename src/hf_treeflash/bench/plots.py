@@ -160,13 +160,12 @@ def _colour(method: str) -> str:
 
 
 def _shared_legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    entries = {}
+    entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=4, frameon=False, fontsize=8
-    )
+    handles, labels = list(entries.values()), list(entries)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
 __all__ = ["plot_acceptance", "plot_budgets", "plot_stages"]
