@@ -121,6 +121,7 @@ def compare(
     max_new_tokens: int = 128,
     repeats: int = 7,
     seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     **generate_kwargs,
 ) -> dict[str, Any]:
     """Measure each arm against the first on the same prompts.
@@ -141,9 +142,11 @@ def compare(
         max_new_tokens (`int`, *optional*, defaults to 128):
             Tokens per prompt.
         repeats (`int`, *optional*, defaults to 7):
-            Timed repeats over all prompts.
+            Timed repeats over all prompts; 0 times nothing.
         seed (`int`, *optional*, defaults to 0):
             Seed of the first prompt; prompt `i` runs with `seed + i`, in every arm and repeat.
+        progress (`Callable`, *optional*):
+            Told after each text how many are done, and of how many.
         generate_kwargs:
             Further arguments of `generate` for all arms, such as `do_sample` and `temperature`.
 
@@ -152,6 +155,9 @@ def compare(
         prefill excluded), `tokens_per_second` (prefill included) and `speedup` as median, least, greatest and all
         values, `identical` (same tokens as the baseline), `acceptance_rates` (share of passes that accept depth
         1, 2, ...), `distinct_4grams`, `tokens`, `passes` and `knobs`.
+
+    An interrupt (Ctrl-C) ends the comparison with the arms and the repeats that are complete; `settings` then say how
+    many repeats there were, and `interrupted`.
     """
     prompts = [prompt.to(target.device) for prompt in prompts]
     kwargs = {"max_new_tokens": max_new_tokens, **generate_kwargs}
@@ -169,36 +175,57 @@ def compare(
                 **more,
             )
 
-    records = []
-    for arm in arms:
-        texts, passes = [], []
-        for index, prompt in enumerate(prompts):
-            recorder = RoundRecorder()
-            with nullcontext() if arm.is_static else recorder.watching(target):
-                streamer = None if arm.is_static else recorder
-                output = decode(arm, index, streamer=streamer, return_dict_in_generate=True)
-            texts.append(output.sequences[0, prompt.shape[1] :].tolist())
-            if not arm.is_static:
-                passes += [len(tokens) for tokens in recorder.rounds[1:]]
-            else:  # as the call itself reports; plain decoding takes a pass per token
-                passes += [1] * (len(texts[-1]) - 1) if arm.drafter is None else output.acceptance_lengths[0]
-        records.append((texts, passes))
-    seconds = _time_interleaved(decode, arms, len(prompts), repeats, target.device)
+    done, total = 0, len(arms) * len(prompts) * (1 + repeats)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    records: list[tuple[list[list[int]], list[int]]] = []
+    seconds: list[list[float]] = [[] for _ in arms]
+    interrupted = {}
+    try:
+        for arm in arms:
+            records.append(_record(target, decode, arm, prompts, step))
+        _time_interleaved(decode, arms, len(prompts), repeats, target.device, seconds, step)
+    except KeyboardInterrupt:
+        if not records:
+            raise
+        interrupted = {"interrupted": True}
+        seconds = [times[: len(seconds[-1])] for times in seconds]  # of the repeats that all arms have run
     return {
         "task": task,
-        "settings": {"prompts": len(prompts), "repeats": repeats, "seed": seed, **kwargs},
+        "settings": {"prompts": len(prompts), "repeats": len(seconds[0]), "seed": seed, **kwargs, **interrupted},
         "environment": environment(target),
         "arms": [
             _summary(arm, record, records[0], times, seconds[0])
-            for arm, record, times in zip(arms, records, seconds, strict=True)
+            for arm, record, times in zip(arms, records, seconds, strict=False)
         ],
     }
 
 
-def _time_interleaved(decode, arms, prompts: int, repeats: int, device: torch.device) -> list[list[float]]:
-    """Return each arm's seconds per repeat."""
-    seconds = [[0.0] * repeats for _ in arms]
+def _record(target, decode, arm: Arm, prompts, step: Callable[[], None]) -> tuple[list[list[int]], list[int]]:
+    """Return an arm's texts, and the tokens of each of its target passes after the prompts'."""
+    texts, passes = [], []
+    for index, prompt in enumerate(prompts):
+        recorder = RoundRecorder()
+        with nullcontext() if arm.is_static else recorder.watching(target):
+            streamer = None if arm.is_static else recorder
+            output = decode(arm, index, streamer=streamer, return_dict_in_generate=True)
+        texts.append(output.sequences[0, prompt.shape[1] :].tolist())
+        if not arm.is_static:
+            passes += [len(tokens) for tokens in recorder.rounds[1:]]
+        else:  # as the call itself reports; plain decoding takes a pass per token
+            passes += [1] * (len(texts[-1]) - 1) if arm.drafter is None else output.acceptance_lengths[0]
+        step()
+    return texts, passes
+
+
+def _time_interleaved(decode, arms, prompts: int, repeats: int, device, seconds, step: Callable[[], None]) -> None:
+    """Add each arm's seconds of every repeat to its list of them."""
     for repeat in range(repeats):
+        times = [0.0 for _ in arms]
         for prompt in range(prompts):
             for turn in range(len(arms)):
                 index = (turn + repeat + prompt) % len(arms)
@@ -206,8 +233,10 @@ def _time_interleaved(decode, arms, prompts: int, repeats: int, device: torch.de
                 start = time.perf_counter()
                 decode(arms[index], prompt)
                 synchronize(device)
-                seconds[index][repeat] += time.perf_counter() - start
-    return seconds
+                times[index] += time.perf_counter() - start
+                step()
+        for of_arm, elapsed in zip(seconds, times, strict=True):
+            of_arm.append(elapsed)
 
 
 def _summary(arm: Arm, record, baseline, seconds: list[float], baseline_seconds: list[float]) -> dict[str, Any]:
