@@ -7,97 +7,13 @@ A stage's time is its own: what it calls and is listed too is not counted twice.
 
 import argparse
 import json
-import statistics
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from unittest import mock
 
-import torch
 from transformers.utils import logging
 
-from hf_treeflash import candidate_generator, decoding, draft_head, modeling_treeflash, transitions
 from hf_treeflash.bench.compare import environment
-from hf_treeflash.bench.measuring import Stopwatch
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
-
-# What the models themselves compute; the rest of a round is the price of the method's bookkeeping.
-MODELS = ("drafter forward", "AR head", "lm_head, shortlist", "lm_head, candidates", "target forward")
-
-
-@contextmanager
-def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
-    """Wrap what a round is made of."""
-    loop, generator = decoding.TreeDecoding, candidate_generator.TreeFlashCandidateGenerator
-    places = [
-        (loop, "verify", "tree mask and inputs"),
-        (loop, "walk", "walk"),
-        (loop, "commit", "commit"),
-        (generator, "draft_tree", "context cache"),
-        (candidate_generator, "build_tree", "tree build"),
-        (modeling_treeflash, "top_log_probs", "top-k and log-sum-exp"),
-        (transitions.Transitions, "conditional", "match candidates"),
-        (transitions.HeadRows, "compute", "match candidates"),
-        (drafter, "draft", "noise, shortlist top-k"),
-        (drafter, "backbone", "drafter forward"),
-        (drafter, "correct", "AR head"),
-        (target, "forward", "target forward"),
-    ]
-    head = draft_head.DraftHead
-    prefill, draft, lm_head = loop.prefill, loop.draft, head.__call__
-    heads = []
-
-    def outside_rounds(self, taps):
-        watch.current = defaultdict(float)
-        return prefill(self, taps)
-
-    def new_round(self, state):
-        watch.new_round()
-        heads[:] = [MODELS[3], MODELS[2]] if drafter.ar_head is not None else [MODELS[2]]
-        with watch.stage("loop"):
-            return draft(self, state)
-
-    def timed_lm_head(self, *args):
-        with watch.stage(heads.pop() if len(heads) > 1 else heads[0]):  # rows come in several calls
-            return lm_head(self, *args)
-
-    with ExitStack() as stack:
-        for owner, name, label in places:
-            stack.enter_context(mock.patch.object(owner, name, watch.around(getattr(owner, name), label)))
-        stack.enter_context(mock.patch.object(loop, "prefill", outside_rounds))
-        stack.enter_context(mock.patch.object(loop, "draft", new_round))
-        stack.enter_context(mock.patch.object(head, "__call__", timed_lm_head))
-        yield
-
-
-def measure(target, drafter, prompts: list[torch.Tensor], max_new_tokens: int) -> dict:
-    """Decode greedily and return the median of every stage over all rounds, and the share outside the models."""
-    watch = Stopwatch(target.device)
-
-    def decode(prompt: torch.Tensor):
-        prompt = prompt.to(target.device)
-        mask = torch.ones_like(prompt)
-        target.generate(
-            prompt, attention_mask=mask, assistant_model=drafter, max_new_tokens=max_new_tokens, do_sample=False
-        )
-
-    decode(prompts[0])  # warm-up
-    with stages_timed(target, drafter, watch):
-        for prompt in prompts:
-            decode(prompt)
-    totals = [sum(stages.values()) for stages in watch.rounds]
-    names = sorted({name for stages in watch.rounds for name in stages}, key=lambda name: (name not in MODELS, name))
-    medians = {name: statistics.median(stages[name] for stages in watch.rounds) for name in names}
-    outside = sum(median for name, median in medians.items() if name not in MODELS)
-    return {
-        "rounds": len(totals),
-        "round_ms": statistics.median(totals),
-        "stages_ms": medians,
-        # Of the medians: an interruption of one stage by another process is not the method's.
-        "share_outside_models": outside / sum(medians.values()),
-        "knobs": {name: getattr(drafter.generation_config, name) for name in ("tree_budget", "num_candidates")},
-    }
+from hf_treeflash.bench.stages import MODELS, round_stages
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
             setattr(drafter.generation_config, knob, getattr(args, knob))
     listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
     prompts = [encode_prompt(tokenizer, entry["prompt"]) for entry in listed]
-    result = measure(target, drafter, prompts, args.max_new_tokens)
+    result = round_stages(target, drafter, prompts, args.max_new_tokens)
     for name, median in result["stages_ms"].items():
         if not median:
             continue  # a drafter without a head

@@ -1,16 +1,34 @@
 """Lossless tree speculative decoding inside `model.generate(assistant_model=drafter)`."""
 
-from transformers import AutoConfig, AutoModel
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
 
-from .candidate_generator import TreeFlashCandidateGenerator
-from .configuration_treeflash import TreeFlashConfig
-from .generation import install_hook, remove_hook
-from .memory import forget
-from .modeling_treeflash import TreeFlashDraftModel
+if TYPE_CHECKING:
+    from .bench.check import check
+    from .candidate_generator import TreeFlashCandidateGenerator
+    from .configuration_treeflash import TreeFlashConfig
+    from .generation import install_hook, remove_hook
+    from .hub import export_drafter
+    from .memory import forget
+    from .modeling_treeflash import TreeFlashDraftModel
 
-AutoConfig.register("treeflash", TreeFlashConfig, exist_ok=True)
-AutoModel.register(TreeFlashConfig, TreeFlashDraftModel, exist_ok=True)
-install_hook()
+
+def _register() -> None:
+    """Make drafters known to transformers' Auto classes, hook into `generate()`, and hold the names at hand."""
+    from transformers import AutoConfig, AutoModel
+
+    from .candidate_generator import TreeFlashCandidateGenerator
+    from .configuration_treeflash import TreeFlashConfig
+    from .generation import install_hook, remove_hook
+    from .memory import forget
+    from .modeling_treeflash import TreeFlashDraftModel
+
+    AutoConfig.register("treeflash", TreeFlashConfig, exist_ok=True)
+    AutoModel.register(TreeFlashConfig, TreeFlashDraftModel, exist_ok=True)
+    install_hook()
+    names = TreeFlashCandidateGenerator, TreeFlashConfig, TreeFlashDraftModel, forget, install_hook, remove_hook
+    globals().update({name.__name__: name for name in names})
 
 
 def __getattr__(name: str):
@@ -22,6 +40,9 @@ def __getattr__(name: str):
         from .bench.check import check
 
         return check
+    if name in __all__ and name not in globals():
+        _register()
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -35,3 +56,8 @@ __all__ = [
     "install_hook",
     "remove_hook",
 ]
+
+# Where Python was started for the command line (as `hf-treeflash`, or by -m, which stands there while this is found),
+# its help does not wait for torch: commands import what they use.
+if PurePath(sys.argv[0] if sys.argv else "").stem not in ("hf-treeflash", "-m"):
+    _register()

@@ -89,7 +89,18 @@ def check_chain(drafter, generation_config: GenerationConfig) -> None:
 
 
 def check_target(target: Target) -> None:
-    """Refuse targets whose passes cannot carry a tree.
+    """Refuse targets whose passes cannot carry a tree, and those without weights.
+
+    Raises:
+        ValueError: Naming what stands in the way and what works.
+    """
+    check_family(target)
+    if home_of(target.get_input_embeddings()).type == "meta":
+        raise ValueError("The target has no weights: it is on the meta device. Load it with `from_pretrained`.")
+
+
+def check_family(target: Target) -> None:
+    """Refuse targets whose passes cannot carry a tree, whatever their weights.
 
     Raises:
         ValueError: Naming what stands in the way and what works.
@@ -109,8 +120,6 @@ def check_target(target: Target) -> None:
         raise ValueError(
             f"{type(target).__name__} does not keep its decoder layers in `layers` or `h`, where drafters read."
         )
-    if home_of(target.get_input_embeddings()).type == "meta":
-        raise ValueError("The target has no weights: it is on the meta device. Load it with `from_pretrained`.")
     if not takes_positions(target):
         raise ValueError(
             f"{type(target).__name__} takes no `position_ids`, which the nodes of a tree need: siblings share one."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_treeflash.decoding import TreeDecoding
 from tests.helpers.pair_on_disk import save_pair
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +93,7 @@ def test_end_to_end_over_static_caches_counts_the_same_passes(places, tmp_path):
 
 def test_stages_add_up_and_leave_nothing_wrapped(places, tmp_path, capsys):
     stages = script("benchmarks/stages.py")
-    walk = stages.decoding.TreeDecoding.walk
+    walk = TreeDecoding.walk
     argv = [*options(places, "--target", "--drafter", "--prompts"), "--max-new-tokens", "12"]
     stages.main([*argv, "--tree-budget", "4", "--json", str(tmp_path / "out.json")])
     result = json.loads((tmp_path / "out.json").read_text())
@@ -101,7 +102,7 @@ def test_stages_add_up_and_leave_nothing_wrapped(places, tmp_path, capsys):
     )
     assert 0 < result["share_outside_models"] < 1 and result["rounds"] > 1
     assert "outside the models' forwards" in capsys.readouterr().out
-    assert stages.decoding.TreeDecoding.walk is walk
+    assert TreeDecoding.walk is walk
 
 
 def test_approximations_are_compared_with_the_exact_draft(places, tmp_path, capsys):

@@ -30,12 +30,12 @@ def test_every_way_to_decode_gives_plain_decodings_text(pair):
     told = []
     arms = all_arms(drafter, [4, 8, "auto"], [2])
     result = compare(
-        target, arms, prompts(), max_new_tokens=12, repeats=1, do_sample=False, on_progress=lambda *at: told.append(at)
+        target, arms, prompts(), max_new_tokens=12, repeats=1, do_sample=False, progress=lambda *at: told.append(at)
     )
     names = [arm["name"] for arm in result["arms"]]
     assert names[:4] == ["plain", "prompt lookup", "chain", "our chain"] and len(names) == 10
     assert is_exact(result) and all(arm["identical"] and not arm["differences"] for arm in result["arms"])
-    assert told == [(done, 60) for done in range(60)]  # ten arms, three prompts, once for the texts and once timed
+    assert told == [(done, 60) for done in range(1, 61)]  # ten arms, three prompts, once for the texts and once timed
     assert {arm["method"] for arm in result["arms"][4:]} == {"marginal tree", "TreeFlash tree M2"}
     assert remarks(result) == [] or "No tree reaches" in remarks(result)[0]
 

@@ -66,7 +66,7 @@ def compare(
     repeats: int = 7,
     seed: int = 0,
     batch_size: int = 1,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     **generate_kwargs,
 ) -> dict[str, Any]:
     """Measure each arm against the first on the same prompts.
@@ -88,13 +88,13 @@ def compare(
         max_new_tokens (`int`, *optional*, defaults to 128):
             Tokens per prompt, at most.
         repeats (`int`, *optional*, defaults to 7):
-            Timed repeats over all prompts.
+            Timed repeats over all prompts; 0 times nothing.
         seed (`int`, *optional*, defaults to 0):
             Seed of the first batch; batch `i` runs with `seed + i`, in every arm and repeat.
         batch_size (`int`, *optional*, defaults to 1):
             Prompts decoded together, left-padded.
-        on_progress (`Callable`, *optional*):
-            Told how many generations are done, and of how many.
+        progress (`Callable`, *optional*):
+            Told after each generation how many are done, and of how many.
         generate_kwargs:
             Further arguments of `generate` for all arms, such as `do_sample` and `temperature`.
 
@@ -104,29 +104,44 @@ def compare(
         values, `identical` (same tokens as the baseline), `differences` (see [`differences`]), `promises_text`
         (whether they ought to be the same), `acceptance_rates` (share of passes that accept depth 1, 2, ...),
         `distinct_4grams`, `tokens`, `passes`, `method` and `knobs`.
+
+    An interrupt (Ctrl-C) ends the comparison with the arms and the repeats that are complete; `settings` then say how
+    many repeats there were, and `interrupted`.
     """
     if batch_size > 1:
         arms = [arm for arm in arms if arm.is_ours or arm.is_plain]
     calls = Calls(target, prompts, batch_size, seed, {"max_new_tokens": max_new_tokens, **generate_kwargs})
     total, done = len(arms) * len(calls.batches) * (1 + repeats), 0
 
-    def told(arm: Arm, index: int, **more):
+    def decode(arm: Arm, index: int, **more):
         nonlocal done
-        on_progress(done, total)
+        output = calls.decode(arm, index, **more)
         done += 1
-        return calls.decode(arm, index, **more)
+        progress(done, total)
+        return output
 
-    records = [_recorded(told, calls, arm) for arm in arms]
-    seconds = _time_interleaved(told, arms, len(calls.batches), repeats, target.device)
+    records: list[tuple[list[list[int]], list[int]]] = []
+    seconds: list[list[float]] = [[] for _ in arms]
+    interrupted = {}
+    try:
+        for arm in arms:
+            records.append(_recorded(decode, calls, arm))
+        _time_interleaved(decode, arms, len(calls.batches), repeats, target.device, seconds)
+    except KeyboardInterrupt:
+        if not records:
+            raise
+        interrupted = {"interrupted": True}
+        seconds = [times[: len(seconds[-1])] for times in seconds]  # of the repeats that all arms have run
     greedy = not generate_kwargs.get("do_sample", target.generation_config.do_sample)
     return {
         "task": task,
         "settings": {
             "prompts": len(prompts),
-            "repeats": repeats,
+            "repeats": len(seconds[0]),
             "seed": seed,
             "batch_size": batch_size,
             **calls.generate_kwargs,
+            **interrupted,
         },
         "environment": environment(target),
         "arms": [
@@ -135,7 +150,7 @@ def compare(
                 "differences": differences(target, prompts, records[0][0], record[0]),
                 "promises_text": greedy or arm.is_ours or arm.is_plain,
             }
-            for arm, record, times in zip(arms, records, seconds, strict=True)
+            for arm, record, times in zip(arms, records, seconds, strict=False)
         ],
     }
 
@@ -158,10 +173,10 @@ def _recorded(decode, calls: Calls, arm: Arm) -> tuple[list[list[int]], list[int
     return texts, passes
 
 
-def _time_interleaved(decode, arms, batches: int, repeats: int, device: torch.device) -> list[list[float]]:
-    """Return each arm's seconds per repeat."""
-    seconds = [[0.0] * repeats for _ in arms]
+def _time_interleaved(decode, arms, batches: int, repeats: int, device: torch.device, seconds) -> None:
+    """Add each arm's seconds of every repeat to its list of them."""
     for repeat in range(repeats):
+        times = [0.0 for _ in arms]
         for batch in range(batches):
             for turn in range(len(arms)):
                 index = (turn + repeat + batch) % len(arms)
@@ -169,8 +184,9 @@ def _time_interleaved(decode, arms, batches: int, repeats: int, device: torch.de
                 start = time.perf_counter()
                 decode(arms[index], batch)
                 synchronize(device)
-                seconds[index][repeat] += time.perf_counter() - start
-    return seconds
+                times[index] += time.perf_counter() - start
+        for of_arm, elapsed in zip(seconds, times, strict=True):
+            of_arm.append(elapsed)
 
 
 def _summary(arm: Arm, record, baseline, seconds: list[float], baseline_seconds: list[float]) -> dict[str, Any]:

@@ -49,15 +49,37 @@ def encode_prompt(tokenizer, prompt: str, enable_thinking: bool = False) -> torc
         enable_thinking (`bool`, *optional*, defaults to `False`):
             Passed to the chat template; a drafter works best in the mode it was trained for.
     """
+    return encode_messages(tokenizer, [{"role": "user", "content": prompt}], enable_thinking)
+
+
+def encode_messages(tokenizer, messages: list[dict[str, str]], enable_thinking: bool = False) -> torch.Tensor:
+    """Turn a conversation into ids of shape `(1, length)`, with what opens the answer.
+
+    Args:
+        messages (`list[dict[str, str]]`):
+            Each with `role` and `content`. A tokenizer without a chat template takes a single one, as plain text.
+        enable_thinking (`bool`, *optional*, defaults to `False`):
+            Passed to the chat template.
+
+    Raises:
+        ValueError: If there is no chat template for several messages, or it refuses them.
+    """
     if tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt").input_ids
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        enable_thinking=enable_thinking,
-        return_tensors="pt",
-        return_dict=True,
-    ).input_ids
+        if len(messages) != 1:
+            raise ValueError(
+                f"The target's tokenizer has no chat template, which {len(messages)} messages need: give plain text."
+            )
+        return tokenizer(messages[0]["content"], return_tensors="pt").input_ids
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+            return_tensors="pt",
+            return_dict=True,
+        ).input_ids
+    except Exception as error:  # of a template, which may raise anything
+        raise ValueError(f"The target's chat template refuses these messages: {error}") from error
 
 
 def describe_pair(target, tokenizer, drafter, enable_thinking: bool = False) -> dict[str, Any]:

@@ -4,6 +4,10 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
+from .pairs import encode_messages
+
 REASONING = "Please reason step by step, and put your final answer within \\boxed{}."
 PROGRAMMING = "Write a solution to the following problem and make sure that it passes the tests:"
 SAMPLES, SUBSET_SEED = 64, 42
@@ -83,4 +87,39 @@ def load_task(name: str, samples: int = SAMPLES) -> list[list[str]]:
     return [task.turns(rows[index]) for index in chosen]
 
 
-__all__ = ["SAMPLES", "TASKS", "load_task"]
+def encoded_turns(
+    target, tokenizer, conversations: list[list[dict[str, str]]], max_new_tokens: int, enable_thinking: bool = False
+) -> list[torch.Tensor]:
+    """Return the prompts of conversations: one for each message that an answer follows.
+
+    Args:
+        target ([`PreTrainedModel`]), tokenizer ([`PreTrainedTokenizerBase`]):
+            Write the answers between two messages of the user, greedily.
+        conversations (`list[list[dict[str, str]]]`):
+            Messages, the last of a user.
+        max_new_tokens (`int`):
+            Of such an answer.
+        enable_thinking (`bool`, *optional*, defaults to `False`):
+            Passed to the chat template.
+
+    Returns:
+        `list[torch.LongTensor]` of shape `(1, length)`.
+    """
+    prompts = []
+    for messages in conversations:
+        said: list[dict[str, str]] = []
+        for message in messages:
+            if said and said[-1]["role"] == message["role"] == "user":
+                ids = encode_messages(tokenizer, said, enable_thinking).to(target.device)
+                prompts.append(ids)
+                output = target.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+                )
+                answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+                said.append({"role": "assistant", "content": answer})
+            said.append(message)
+        prompts.append(encode_messages(tokenizer, said, enable_thinking))
+    return prompts
+
+
+__all__ = ["SAMPLES", "TASKS", "encoded_turns", "load_task"]

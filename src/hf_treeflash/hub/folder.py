@@ -30,7 +30,7 @@ def write_export(folder: str | os.PathLike, write: Callable[[Path], None]) -> li
         ValueError: If the folder holds anything else, or a file what must not be published; nothing is changed then.
     """
     folder = Path(folder)
-    earlier = _earlier_files(folder)
+    earlier = earlier_files(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         place = Path(temporary)
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
         raise ValueError(f"{folder / MANIFEST} cannot be read ({error}); export again.") from error
 
 
-def _earlier_files(folder: Path) -> list[str]:
+def earlier_files(folder: Path) -> list[str]:
     """Return the files of an earlier export in a folder, refusing any that are not of one."""
     if not folder.exists() and not folder.is_symlink():
         return []

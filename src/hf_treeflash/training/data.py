@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from transformers.utils import logging
 
+from ..bench.prompts import conversation
+
 logger = logging.get_logger(__name__)
 
 
@@ -76,7 +78,7 @@ def chat_prompts(
         raise ValueError("The tokenizer has no chat template; set `tokenizer.chat_template`, or use `text_prompts`.")
     bad_rows, prompts = BadRows(on_bad_row), []
     for place, row in _rows(source, split, bad_rows):
-        messages = _conversation(row)
+        messages = conversation(row)
         if messages is None:
             bad_rows.report(place, "expected `messages` with a user message, or a `prompt` string.")
             continue
@@ -122,21 +124,6 @@ def _rows(source, split: str, bad_rows: BadRows) -> Iterator[tuple[str, object]]
                     bad_rows.report(place, f"not a line of JSON ({_in_words(error)}).")
                     continue
                 yield place, row
-
-
-def _conversation(row) -> list[dict] | None:
-    """Return a row's messages up to the last user message."""
-    if not isinstance(row, dict):
-        return None
-    if isinstance(row.get("prompt"), str) and row["prompt"]:
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        return None
-    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    return messages[: users[-1] + 1] if users else None
 
 
 def text_prompts(

@@ -1,0 +1,33 @@
+"""`hf-treeflash demo`: a look at tree drafting."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .terminal import quiet_off_a_terminal
+
+
+def demo(
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSON list of {"source": ..., "prompt": ...}.', exists=True, dir_okay=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=8, max=4096)] = 96,
+    repeats: options.Repeats = 5,
+) -> None:
+    """Watch a small embedded pair draft trees: a coloured stream, one tree, a table. Works offline."""
+    given = [value is not None for value in (target, drafter, prompts)]
+    if any(given) and not all(given):
+        raise typer.BadParameter("Give --target, --drafter and --prompts together, or none of them.")
+    quiet_off_a_terminal()
+    from ..bench import demo as shown
+    from ..generation import install_hook
+
+    if not any(given) and not shown.EMBEDDED.exists():
+        raise typer.BadParameter("This installation has no embedded pair: give --target, --drafter and --prompts.")
+    install_hook()
+    shown.run(target, drafter, prompts, max_new_tokens=max_new_tokens, repeats=repeats)

@@ -1,0 +1,76 @@
+"""Loading what a command was named: a target and its drafter, or the embedded pair."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .options import Dtype
+from .terminal import note, quiet_off_a_terminal
+
+EMBEDDED = Path(__file__).parents[1] / "tiny"
+
+
+def named_pair(target: str | None, drafter: str | None) -> tuple[str, str]:
+    """Return the names of a pair: both that were given, or the embedded one."""
+    if target is not None and drafter is not None:
+        return target, drafter
+    if target is not None or drafter is not None:
+        raise typer.BadParameter("Give both --target and --drafter, or neither for the embedded pair.")
+    if not (EMBEDDED / "target").is_dir():
+        raise typer.BadParameter("This installation has no embedded pair: give --target and --drafter.")
+    note("no --target and --drafter: this is the embedded pair, a small model of Python code")
+    return str(EMBEDDED / "target"), str(EMBEDDED / "drafter")
+
+
+def load(
+    target: str | None, drafter: str | None, device: str | None = None, dtype: Dtype | None = None, **knobs: Any
+) -> tuple[Any, Any, Any]:
+    """Load a pair for `generate`, with the drafting knobs that are not None; see [`load_pair`]."""
+    names = named_pair(target, drafter)
+    check_device(device)
+    quiet_off_a_terminal()
+    from ..bench.pairs import load_pair
+    from ..generation import install_hook
+
+    install_hook()
+    model, tokenizer, draft_model = load_pair(*names, device=device, dtype=dtype and dtype.value)
+    for knob, value in knobs.items():
+        if value is not None:
+            setattr(draft_model.generation_config, knob, value)
+    check_fit(model, draft_model)
+    return model, tokenizer, draft_model
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that is no device, or not here."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        kind = torch.device(device)
+        torch.empty(0, device=kind)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cuda = torch.cuda.device_count()
+        here = f"cpu{', cuda:0' if cuda else ''}{f' to cuda:{cuda - 1}' if cuda > 1 else ''}"
+        raise typer.BadParameter(f"{device!r} is no device of this machine, which has {here}.") from error
+
+
+def check_fit(target: Any, drafter: Any) -> None:
+    """Refuse a pair that cannot generate, before a prompt is read."""
+    from ..validation import check_drafter, check_pair, check_target
+
+    check_target(target)
+    check_drafter(drafter)
+    check_pair(target, drafter)
+
+
+def check_length(target: Any, tokens: int, new_tokens: int) -> None:
+    """Refuse a text that goes on where the target knows no positions."""
+    longest = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and tokens + new_tokens > longest:
+        raise typer.BadParameter(
+            f"The prompt of {tokens} tokens and {new_tokens} new ones are more than the {longest} that the target "
+            "knows positions for: shorten it, or lower --max-new-tokens."
+        )
