@@ -29,6 +29,7 @@ from hf_treeflash.training import (
     TreeFlashTrainer,
     TreeFlashTrainingArguments,
     chat_prompts,
+    load_samples,
     measure_block_efficiency,
     regenerate,
     text_prompts,
@@ -44,6 +45,7 @@ class DataArguments:
     drafter: str | None = field(default=None, metadata={"help": "drafter to start from; a fresh one without"})
     chats: str | None = field(default=None, metadata={"help": "JSONL file of chats, or a data set of `datasets`"})
     text: list[str] | None = field(default=None, metadata={"help": "plain text files, instead of chats"})
+    samples: list[str] | None = field(default=None, metadata={"help": "files of answered prompts, as `regenerate` writes"})
     enable_thinking: bool = field(default=False, metadata={"help": "the chat template's thinking mode"})
     prompts: int = field(default=5000, metadata={"help": "prompts at most"})
     prompt_length: int = field(default=64, metadata={"help": "tokens per prompt, for text"})
@@ -54,6 +56,7 @@ class DataArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "report and skip bad rows instead of refusing"})
     layers: int = field(default=5, metadata={"help": "layers of a fresh drafter"})
     block_size: int = field(default=16, metadata={"help": "slots of a fresh drafter"})
+    target_layer_ids: list[int] | None = field(default=None, metadata={"help": "layers that a fresh drafter reads"})
     mask_token_id: int | None = field(default=None, metadata={"help": "mask token of a fresh drafter"})
     tree_budget: int = field(default=32, metadata={"help": "nodes per verify pass in the comparison at the end"})
 
@@ -67,7 +70,7 @@ def load_prompts(tokenizer, data: DataArguments) -> list[Prompt]:
     elif data.chats:
         prompts = chat_prompts(tokenizer, data.chats, enable_thinking=data.enable_thinking, on_bad_row=on_bad_row)
     else:
-        raise ValueError("Name the data: `--chats` or `--text`.")
+        raise ValueError("Name the data: `--chats`, `--text` or `--samples`.")
     random.Random(0).shuffle(prompts)
     return prompts[: data.prompts + data.eval_prompts]
 
@@ -88,27 +91,47 @@ def load_drafter(target, data: DataArguments, stage: str) -> TreeFlashDraftModel
             **head,
             num_hidden_layers=data.layers,
             num_target_layers=config.num_hidden_layers,
+            target_layer_ids=data.target_layer_ids,
             block_size=data.block_size,
             mask_token_id=data.mask_token_id,
         )
     ).to(target.dtype)
 
 
-def prepare(target, tokenizer, data: DataArguments, output_dir: str) -> tuple[list[dict], list[dict], list[list[int]]]:
-    """Return training samples, evaluation samples, and held-out prompts."""
-    prompts = load_prompts(tokenizer, data)
-    samples = regenerate(
+def answered(target, tokenizer, data: DataArguments, output_dir: str) -> list[dict]:
+    """Return samples: those of files, and the target's answers to prompts."""
+    samples = [sample for file in data.samples or () for sample in load_samples(file)]
+    if data.samples and not (data.text or data.chats):
+        return samples
+    return samples + regenerate(
         target,
         tokenizer,
-        prompts,
+        load_prompts(tokenizer, data),
         Path(output_dir, "responses.jsonl"),
         batch_size=data.generate_batch_size,
         provenance_extra={"enable_thinking": data.enable_thinking, "data": data.chats or data.text},
         max_new_tokens=data.max_new_tokens,
         do_sample=data.do_sample,
     )
-    held_out = [prompt.input_ids for prompt in prompts[: data.eval_prompts]]
-    return samples[data.eval_prompts :], samples[: data.eval_prompts], held_out
+
+
+def prepare(target, tokenizer, data: DataArguments, output_dir: str) -> tuple[list[dict], list[dict], list[list[int]]]:
+    """Return training samples, evaluation samples, and held-out prompts."""
+    return split(answered(target, tokenizer, data, output_dir), data.eval_prompts)
+
+
+def split(samples: list[dict], held_out: int) -> tuple[list[dict], list[dict], list[list[int]]]:
+    """Hold the first prompts out, with all their answers.
+
+    Returns:
+        `tuple`: Training samples, evaluation samples, and the evaluation prompts. Samples added at the end later leave
+        the evaluation as it is.
+    """
+    prompts = [tuple(sample["input_ids"][: sample["prompt_length"]]) for sample in samples]
+    chosen = list(dict.fromkeys(prompts))[:held_out]
+    training = [sample for sample, prompt in zip(samples, prompts, strict=True) if prompt not in set(chosen)]
+    evaluation = [samples[prompts.index(prompt)] for prompt in chosen]
+    return training, evaluation, [list(prompt) for prompt in chosen]
 
 
 def block_efficiency(target, drafter, prompts: Sequence[Sequence[int]], tree_budget: int, new_tokens: int) -> float:
