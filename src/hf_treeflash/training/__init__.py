@@ -6,6 +6,7 @@ from .data import chat_prompts, text_prompts, text_samples
 from .draft_vocabulary import frequent_tokens, response_tokens
 from .metrics import measure_block_efficiency
 from .responses import load_samples, regenerate
+from .self_prompts import self_prompts
 from .trainer import TreeFlashTrainer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "measure_block_efficiency",
     "regenerate",
     "response_tokens",
+    "self_prompts",
     "text_prompts",
     "text_samples",
 ]
