@@ -2,28 +2,13 @@ import copy
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from hf_treeflash.training import chat_prompts, self_prompts
 from hf_treeflash.training.self_prompts import NearDuplicates
 
-TEMPLATE = (
-    "{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <turn> {% endfor %}"
-    "{% if add_generation_prompt %}<start> assistant {% endif %}"
-)
+from .conftest import CHAT_TEMPLATE
+
 OPTIONS = {"enable_thinking": False, "temperature": 4.0, "batch_size": 6, "max_new_tokens": 24, "openings": ("", "w9 w8", "w7")}
-
-
-@pytest.fixture
-def tokenizer():
-    words = ["<end>", "<start>", "<turn>", "user", "assistant", *(f"w{i}" for i in range(5, 64))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w63"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    fast.add_special_tokens({"additional_special_tokens": ["<start>", "<turn>"]})
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 def test_turns_start_as_asked_end_where_the_user_ends_and_differ(target, tokenizer, tmp_path):
@@ -66,7 +51,7 @@ def test_near_duplicates_are_dropped():
 
 
 def test_what_cannot_write_prompts_is_refused(target, tokenizer, tmp_path):
-    def written(template: str | None = TEMPLATE, **options):
+    def written(template: str | None = CHAT_TEMPLATE, **options):
         tokenizer.chat_template = template
         self_prompts(target, tokenizer, 4, tmp_path / "prompts.jsonl", **OPTIONS | options)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -63,8 +63,6 @@ def regenerate(
     Raises:
         ValueError: If the file was begun with other settings.
     """
-    output_file = Path(output_file)
-    lines_file = output_file.with_suffix(".jsonl")
     made = provenance(
         target,
         tokenizer,
@@ -74,15 +72,50 @@ def regenerate(
         prompts=len(prompts),
         **(provenance_extra or {}),
     )
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def respond(batch: Sequence[Prompt], number: int) -> Iterator[dict]:
+        torch.manual_seed(seed + number)
+        return _respond(target, batch, pad_token_id, generate_kwargs)
+
+    return answer_all(prompts, output_file, made, batch_size, respond)
+
+
+def answer_all(
+    prompts: Sequence[Prompt],
+    output_file: str | os.PathLike,
+    made: dict,
+    batch_size: int,
+    respond: Callable[[Sequence[Prompt], int], Iterable[dict]],
+) -> list[dict]:
+    """Answer prompts in batches, each written as it is done; go on where an interrupted call stopped.
+
+    Args:
+        prompts (`Sequence[Prompt]`):
+            What to answer.
+        output_file (`str` or `os.PathLike`):
+            See [`regenerate`].
+        made (`dict`):
+            How the answers are made.
+        batch_size (`int`):
+            Prompts per batch.
+        respond (`Callable`):
+            Takes a batch of prompts and its number, and gives their samples in order.
+
+    Returns:
+        `list[dict]`: The samples.
+
+    Raises:
+        ValueError: If the file was begun with other settings.
+    """
+    output_file = Path(output_file)
+    lines_file = output_file.with_suffix(".jsonl")
     begin(lines_file, made)
     done = _resume(lines_file, batch_size, len(prompts))
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     starts = range(done, len(prompts), batch_size)
     with open(lines_file, "a") as file:
         for start in tqdm(starts, desc="responses", initial=done // batch_size, total=-(-len(prompts) // batch_size)):
-            torch.manual_seed(seed + start // batch_size)
-            batch = prompts[start : start + batch_size]
-            for sample in _respond(target, batch, pad_token_id, generate_kwargs):
+            for sample in respond(prompts[start : start + batch_size], start // batch_size):
                 file.write(json.dumps(sample) + "\n")
             file.flush()
     samples = load_samples(lines_file)
