@@ -76,8 +76,11 @@ def score_rows(
             loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
         else:
             with torch.no_grad():
-                teacher = teacher_head(teacher_states[rows]).float().log_softmax(dim=-1).expand_as(logits)
-            loss = F.kl_div(logits.log_softmax(dim=-1), teacher, reduction="none", log_target=True).sum(dim=-1)
+                teacher = teacher_head(teacher_states[rows]).float().log_softmax(dim=-1)
+                probabilities = teacher.exp()
+                entropy = -(probabilities * teacher).sum(dim=-1)
+            # The likelihood of the target's choices, one pass over the logits less than the divergence itself.
+            loss = logits.logsumexp(dim=-1) - torch.linalg.vecdot(logits, probabilities) - entropy
         with torch.no_grad():
             better = (logits > logits.gather(-1, wanted[..., None])).sum(dim=-1)
         return RowScores(loss, better == 0, better < num_candidates)
