@@ -1,6 +1,7 @@
 """Train a drafter for any target: a backbone from scratch, the AR head of a DFlash drafter, or both.
 
-The responses are the target's own: prompts are read from chats or text, and the target answers them first.
+The responses are the target's own: prompts are read from chats or text, and the target answers them first, here or in
+a server that already runs it (`--endpoint http://localhost:8000/v1`).
 
     python examples/train_drafter.py --target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 \\
         --chats HuggingFaceH4/CodeAlpaca_20K --no_enable_thinking --output_dir build/head --bf16
@@ -12,6 +13,12 @@ A head for a drafter that has none, on a laptop's CPU and from nothing but Pytho
         --eval_prompts 16 --max_new_tokens 112 --generate_batch_size 64 --eval_max_new_tokens 96 --tree_budget 32 \\
         --num_anchors 16 --per_device_train_batch_size 8 --max_steps 300 --learning_rate 3e-3 --warmup_steps 20 \\
         --lr_scheduler_type cosine --save_strategy no --report_to none --use_cpu --output_dir build/head
+
+For a chat model, from nothing: it writes the prompts, too, and its states are computed once and kept on disk, so that
+epochs cost the drafter only. A loss over the frequent tokens makes a large vocabulary cheap:
+
+    python examples/train_drafter.py --target TARGET --mask_token_id 16 --stage joint --self_prompts 4000 \
+        --backbone_learning_rate_scale 1.0 --target_states build/states --loss_vocabulary 6144 --output_dir build/chat
 
 Every option of `TrainingArguments` works too. Launch with `accelerate launch` for several processes.
 """
@@ -28,9 +35,12 @@ from hf_treeflash import TreeFlashConfig, TreeFlashDraftModel
 from hf_treeflash.training import (
     TreeFlashTrainer,
     TreeFlashTrainingArguments,
+    ask_endpoint,
     chat_prompts,
+    load_samples,
     measure_block_efficiency,
     regenerate,
+    self_prompts,
     text_prompts,
 )
 from hf_treeflash.training.data import Prompt
@@ -44,30 +54,39 @@ class DataArguments:
     drafter: str | None = field(default=None, metadata={"help": "drafter to start from; a fresh one without"})
     chats: str | None = field(default=None, metadata={"help": "JSONL file of chats, or a data set of `datasets`"})
     text: list[str] | None = field(default=None, metadata={"help": "plain text files, instead of chats"})
+    self_prompts: int = field(default=0, metadata={"help": "prompts that a chat target writes itself"})
+    samples: list[str] | None = field(default=None, metadata={"help": "files of answered prompts, as `regenerate` writes"})
     enable_thinking: bool = field(default=False, metadata={"help": "the chat template's thinking mode"})
     prompts: int = field(default=5000, metadata={"help": "prompts at most"})
     prompt_length: int = field(default=64, metadata={"help": "tokens per prompt, for text"})
     eval_prompts: int = field(default=16, metadata={"help": "held-out prompts to measure block efficiency with"})
     max_new_tokens: int = field(default=512, metadata={"help": "tokens per response"})
     do_sample: bool = field(default=False, metadata={"help": "sample the responses as the target's config says"})
+    endpoint: str | None = field(default=None, metadata={"help": "OpenAI-compatible server that answers the chats"})
+    endpoint_model: str | None = field(default=None, metadata={"help": "what it calls the target, if not `--target`"})
     generate_batch_size: int = field(default=16, metadata={"help": "prompts the target answers at a time"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "report and skip bad rows instead of refusing"})
     layers: int = field(default=5, metadata={"help": "layers of a fresh drafter"})
     block_size: int = field(default=16, metadata={"help": "slots of a fresh drafter"})
+    target_layer_ids: list[int] | None = field(default=None, metadata={"help": "layers that a fresh drafter reads"})
     mask_token_id: int | None = field(default=None, metadata={"help": "mask token of a fresh drafter"})
     tree_budget: int = field(default=32, metadata={"help": "nodes per verify pass in the comparison at the end"})
 
 
-def load_prompts(tokenizer, data: DataArguments) -> list[Prompt]:
-    """Read prompts and shuffle them."""
+def load_prompts(target, tokenizer, data: DataArguments, output_dir: str) -> list[Prompt]:
+    """Read prompts and shuffle them, or have the target write some."""
     on_bad_row = "skip" if data.skip_bad_rows else "refuse"
+    if data.self_prompts:
+        file, options = Path(output_dir, "prompts.jsonl"), {"batch_size": data.generate_batch_size}
+        count = data.self_prompts + data.eval_prompts
+        return self_prompts(target, tokenizer, count, file, enable_thinking=data.enable_thinking, **options)
     if data.text:
         stride = 4 * data.prompt_length
         prompts = text_prompts(tokenizer, data.text, length=data.prompt_length, stride=stride, on_bad_row=on_bad_row)
     elif data.chats:
         prompts = chat_prompts(tokenizer, data.chats, enable_thinking=data.enable_thinking, on_bad_row=on_bad_row)
     else:
-        raise ValueError("Name the data: `--chats` or `--text`.")
+        raise ValueError("Name the data: `--chats`, `--text`, `--samples` or `--self_prompts`.")
     random.Random(0).shuffle(prompts)
     return prompts[: data.prompts + data.eval_prompts]
 
@@ -88,27 +107,54 @@ def load_drafter(target, data: DataArguments, stage: str) -> TreeFlashDraftModel
             **head,
             num_hidden_layers=data.layers,
             num_target_layers=config.num_hidden_layers,
+            target_layer_ids=data.target_layer_ids,
             block_size=data.block_size,
             mask_token_id=data.mask_token_id,
         )
     ).to(target.dtype)
 
 
-def prepare(target, tokenizer, data: DataArguments, output_dir: str) -> tuple[list[dict], list[dict], list[list[int]]]:
-    """Return training samples, evaluation samples, and held-out prompts."""
-    prompts = load_prompts(tokenizer, data)
-    samples = regenerate(
+def answered(target, tokenizer, data: DataArguments, output_dir: str) -> list[dict]:
+    """Return samples: those of files, and the target's answers to prompts."""
+    samples = [sample for file in data.samples or () for sample in load_samples(file)]
+    if data.samples and not (data.text or data.chats or data.self_prompts):
+        return samples
+    prompts, file = load_prompts(target, tokenizer, data, output_dir), Path(output_dir, "responses.jsonl")
+    if data.endpoint:
+        asked = {"model": data.endpoint_model or data.target, "enable_thinking": data.enable_thinking}
+        asked |= {"max_tokens": data.max_new_tokens, "batch_size": data.generate_batch_size}
+        asked |= {} if data.do_sample else {"temperature": 0.0}
+        return samples + ask_endpoint(data.endpoint, tokenizer, prompts, file, **asked)
+    made_from = {"enable_thinking": data.enable_thinking, "data": data.chats or data.text or "self_prompts"}
+    return samples + regenerate(
         target,
         tokenizer,
         prompts,
-        Path(output_dir, "responses.jsonl"),
+        file,
         batch_size=data.generate_batch_size,
-        provenance_extra={"enable_thinking": data.enable_thinking, "data": data.chats or data.text},
+        provenance_extra=made_from,
         max_new_tokens=data.max_new_tokens,
         do_sample=data.do_sample,
     )
-    held_out = [prompt.input_ids for prompt in prompts[: data.eval_prompts]]
-    return samples[data.eval_prompts :], samples[: data.eval_prompts], held_out
+
+
+def prepare(target, tokenizer, data: DataArguments, output_dir: str) -> tuple[list[dict], list[dict], list[list[int]]]:
+    """Return training samples, evaluation samples, and held-out prompts."""
+    return split(answered(target, tokenizer, data, output_dir), data.eval_prompts)
+
+
+def split(samples: list[dict], held_out: int) -> tuple[list[dict], list[dict], list[list[int]]]:
+    """Hold the first prompts out, with all their answers.
+
+    Returns:
+        `tuple`: Training samples, evaluation samples, and the evaluation prompts. Samples added at the end later leave
+        the evaluation as it is.
+    """
+    prompts = [tuple(sample["input_ids"][: sample["prompt_length"]]) for sample in samples]
+    chosen = list(dict.fromkeys(prompts))[:held_out]
+    training = [sample for sample, prompt in zip(samples, prompts, strict=True) if prompt not in set(chosen)]
+    evaluation = [samples[prompts.index(prompt)] for prompt in chosen]
+    return training, evaluation, [list(prompt) for prompt in chosen]
 
 
 def block_efficiency(target, drafter, prompts: Sequence[Sequence[int]], tree_budget: int, new_tokens: int) -> float:

@@ -2,13 +2,18 @@
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from hf_treeflash import TreeFlashConfig, TreeFlashDraftModel
 from hf_treeflash.training import TreeFlashTrainer, TreeFlashTrainingArguments
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "head_dim": 8}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <turn> {% endfor %}"
+    "{% if add_generation_prompt %}<start> assistant {% endif %}"
+)
 
 
 def make_target() -> Qwen3ForCausalLM:
@@ -58,3 +63,15 @@ def train(target, tmp_path):
         return trainer
 
     return run
+
+
+@pytest.fixture
+def tokenizer():
+    """Of a tiny chat model: words, and tokens that start and end turns."""
+    words = ["<end>", "<start>", "<turn>", "user", "assistant", *(f"w{i}" for i in range(5, 64))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w63"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.add_special_tokens({"additional_special_tokens": ["<start>", "<turn>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

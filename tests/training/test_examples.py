@@ -56,6 +56,25 @@ def test_train_drafter(example, pair, tmp_path, stage, capsys):
     assert (tmp_path / "out" / "responses.jsonl.provenance.json").exists()
 
 
+def test_train_drafter_from_nothing_and_from_samples(example, pair, tokenizer, tmp_path, capsys):
+    """A chat target writes its own prompts; a second run reads what the first one made."""
+    tokenizer.save_pretrained(tmp_path / "target")
+    at = pair.index("--text")
+    pair = [*pair[:at], *pair[at + 2 :], "--loss_vocabulary", "20", "--target_states", str(tmp_path / "states")]
+    module = example("train_drafter")
+    module.main([*pair, "--self_prompts", "6", "--generate_batch_size", "4"])
+    prompts, responses = (tmp_path / "out" / f"{name}.jsonl" for name in ("prompts", "responses"))
+    assert len(responses.read_text().splitlines()) == 8 <= len(prompts.read_text().splitlines())
+    module.main([*pair, "--samples", str(responses), str(responses), "--output_dir", str(tmp_path / "again")])
+    assert not (tmp_path / "again" / "responses.jsonl").exists()
+    assert capsys.readouterr().out.count("2 held-out prompts") == 2
+    samples = [{"input_ids": [i % 3, 5, i], "prompt_length": 2} for i in range(9)]
+    training, evaluation, held_out = module.split(samples, 2)
+    assert held_out == [[0, 5], [1, 5]] and evaluation == samples[:2] and training == samples[2::3]
+    with pytest.raises(ValueError, match="Name the data"):
+        module.main([*pair, "--output_dir", str(tmp_path / "none")])
+
+
 def test_finetune_lora(example, pair, tmp_path):
     figures = example("finetune_lora").main([*pair, "--rank", "4", "--base_id", str(tmp_path / "drafter")])
     assert figures["before"] >= 1.0

@@ -13,7 +13,7 @@ PROCESS = SimpleNamespace(reduce=lambda tensor, reduction: tensor, device="cpu")
 
 def rows(count: int):
     generator = torch.Generator().manual_seed(0)
-    states, teacher = (torch.randn(count, 8, generator=generator) for _ in range(2))
+    states, teacher = (torch.randn(*shape, 8, generator=generator) for shape in ((2, count), (count,)))
     return states.requires_grad_(), torch.randint(0, 12, (count,), generator=generator), teacher
 
 
@@ -34,7 +34,7 @@ def test_chunks_change_nothing(kind, chunk_rows):
         p = head(teacher).softmax(-1)
         loss = (p * (p.log() - logits.log_softmax(-1))).sum(-1)
     else:
-        loss = F.cross_entropy(logits, labels, reduction="none")
+        loss = torch.stack([F.cross_entropy(draft, labels, reduction="none") for draft in logits])
     (expected,) = torch.autograd.grad((loss * weights).sum() / weights.sum(), states)
     torch.testing.assert_close(scores.loss, loss)
     torch.testing.assert_close(gradient, expected)
@@ -47,7 +47,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
 
     def head(states):
         nonlocal largest
-        largest = max(largest, len(states))
+        largest = max(largest, states.shape[1])
         return states @ torch.ones(8, 12)
 
     states, labels, teacher = rows(50)
@@ -57,7 +57,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
 
 def test_no_rows_give_no_loss_and_a_gradient_of_zero():
     states, labels, _ = rows(3)
-    scores = score_rows(torch.nn.Linear(8, 12), states[:0], labels[:0], None, num_candidates=4, chunk_rows=16)
+    scores = score_rows(torch.nn.Linear(8, 12), states[:, :0], labels[:0], None, num_candidates=4, chunk_rows=16)
     loss = weighted_mean(scores.loss, torch.ones(0))
     loss.backward()
     assert loss.item() == 0.0 and not states.grad.any()

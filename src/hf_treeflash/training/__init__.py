@@ -3,18 +3,25 @@
 from .arguments import TreeFlashTrainingArguments
 from .collator import AnchorCollator
 from .data import chat_prompts, text_prompts, text_samples
+from .draft_vocabulary import frequent_tokens, response_tokens
+from .endpoint import ask_endpoint
 from .metrics import measure_block_efficiency
 from .responses import load_samples, regenerate
+from .self_prompts import self_prompts
 from .trainer import TreeFlashTrainer
 
 __all__ = [
     "AnchorCollator",
     "TreeFlashTrainer",
     "TreeFlashTrainingArguments",
+    "ask_endpoint",
     "chat_prompts",
+    "frequent_tokens",
     "load_samples",
     "measure_block_efficiency",
     "regenerate",
+    "response_tokens",
+    "self_prompts",
     "text_prompts",
     "text_samples",
 ]

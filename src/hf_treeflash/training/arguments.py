@@ -34,6 +34,16 @@ class TreeFlashTrainingArguments(TrainingArguments):
             Longer samples are cut, in tokens.
         loss_chunk_rows (`int`, *optional*, defaults to 256):
             Slots whose logits are held at once.
+        loss_vocabulary (`int`, *optional*):
+            The loss is over this many tokens, the most frequent ones of the training responses, and some of the
+            others, drawn at each step; by default over all. Rows with another label are left out.
+        loss_drawn_tokens (`int`, *optional*, defaults to 512):
+            How many of the others.
+        target_states (`str`, *optional*):
+            Folder for the target's states of all samples, computed once before training and read from there; by
+            default they are computed at each step.
+        target_states_dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Of the states in that folder.
         eval_max_new_tokens (`int`, *optional*, defaults to 128):
             Tokens generated per held-out prompt to measure block efficiency, greedily.
         shard_target (`bool`, *optional*, defaults to `False`):
@@ -49,6 +59,10 @@ class TreeFlashTrainingArguments(TrainingArguments):
     eval_anchor_stride: int = field(default=16, metadata={"help": "distance of evaluation anchors, in tokens"})
     max_length: int = field(default=3072, metadata={"help": "longest sample, in tokens"})
     loss_chunk_rows: int = field(default=256, metadata={"help": "slots whose logits are held at once"})
+    loss_vocabulary: int | None = field(default=None, metadata={"help": "frequent tokens that the loss is over"})
+    loss_drawn_tokens: int = field(default=512, metadata={"help": "other tokens drawn per step beside them"})
+    target_states: str | None = field(default=None, metadata={"help": "folder to keep the target's states in"})
+    target_states_dtype: str = field(default="bfloat16", metadata={"help": "of the states in that folder"})
     eval_max_new_tokens: int = field(default=128, metadata={"help": "tokens per prompt for block efficiency"})
     shard_target: bool = field(default=False, metadata={"help": "shard the target's layers over the processes"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "keep it off: the collator reads them"})
@@ -61,6 +75,8 @@ class TreeFlashTrainingArguments(TrainingArguments):
             self.loss = "cross_entropy" if self.stage == "backbone" else "kl"
         if self.loss not in ("kl", "cross_entropy"):
             raise ValueError(f"`loss` must be 'kl' or 'cross_entropy', got {self.loss!r}.")
+        if self.target_states and self.shard_target:
+            raise ValueError("`target_states` needs the whole target on a device; leave out `shard_target`.")
         if self.stage == "joint" and self.marginal_loss_weight < LEAST_MARGINAL_WEIGHT:
             raise ValueError(
                 f"`marginal_loss_weight` must be at least {LEAST_MARGINAL_WEIGHT} in stage 'joint', got "

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from ..draft_head import OutputScale, draft_embedding
 from ..taps import tapped_states
+from .loss_vocabulary import StepVocabulary
 from .masks import attention_masks
 
 
@@ -60,7 +62,7 @@ def make_blocks(drafter, target, batch: dict[str, torch.Tensor], with_head: bool
         target ([`PreTrainedModel`]):
             The frozen target.
         batch (`dict[str, torch.Tensor]`):
-            From [`AnchorCollator`].
+            From [`AnchorCollator`], with the target's states or without.
         with_head (`bool`):
             Whether the AR head takes part, which needs the previous tokens.
 
@@ -69,7 +71,10 @@ def make_blocks(drafter, target, batch: dict[str, torch.Tensor], with_head: bool
     """
     input_ids, anchors, config = batch["input_ids"], batch["anchors"], drafter.config
     rows, length = input_ids.shape
-    context, final = target_states(target, input_ids, config.target_layer_ids)
+    if "taps" in batch:  # from disk
+        context, final = batch["taps"], batch["final"]
+    else:
+        context, final = target_states(target, input_ids, config.target_layer_ids)
     # Places of an anchor and of what its block drafts: anchor 7 and 3 tokens give 7, 8, 9, 10.
     places = anchors[..., None] + torch.arange(config.num_drafted + 1, device=anchors.device)
     inside = places.clamp(max=length - 1)
@@ -123,8 +128,23 @@ def embedding_of(target, drafter) -> Callable[[torch.Tensor], torch.Tensor]:
     return embed
 
 
-def output_layer_of(target, drafter=None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the target's output layer, for states of any dtype, scaled as the target or a drafter scales it."""
+def output_layer_of(
+    target, drafter=None, vocabulary: StepVocabulary | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the target's output layer, for states of any dtype, scaled as the target or a drafter scales it.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The target.
+        drafter ([`PreTrainedModel`], *optional*):
+            Its config's own scale goes before the target's.
+        vocabulary ([`StepVocabulary`], *optional*):
+            Score these tokens only.
+    """
     head = target.get_output_embeddings()
     scale = OutputScale.of(target.config.get_text_config(decoder=True), drafter and drafter.config)
-    return lambda states: scale(head(states.to(next(head.parameters()).dtype)))
+    if vocabulary is None:
+        return lambda states: scale(head(states.to(next(head.parameters()).dtype)))
+    weight = head.weight[vocabulary.token_ids]
+    bias = None if head.bias is None else head.bias[vocabulary.token_ids]
+    return lambda states: scale(F.linear(states.to(weight.dtype), weight, bias)) + vocabulary.log_weights

@@ -1,9 +1,11 @@
 """Batches of sequences with the anchors of their blocks."""
 
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 class AnchorCollator:
@@ -23,6 +25,8 @@ class AnchorCollator:
             Of the anchors.
         stride (`int`, *optional*):
             Take every `stride`-th position instead of random ones (evaluation).
+        states (`Callable`, *optional*):
+            Gives a sample's target states from disk, see [`StoredStates`].
     """
 
     def __init__(
@@ -32,9 +36,10 @@ class AnchorCollator:
         max_length: int | None = None,
         seed: int = 0,
         stride: int | None = None,
+        states: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]] | None = None,
     ):
         self.pad_token_id, self.num_anchors, self.max_length = pad_token_id, num_anchors, max_length
-        self.seed, self.stride = seed, stride
+        self.seed, self.stride, self.states = seed, stride, states
         self.epoch = 0
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
@@ -45,7 +50,8 @@ class AnchorCollator:
             - `input_ids` of shape `(batch, length)`, padded at the end;
             - `document_ids` of the same shape: 0, and -1 where padded;
             - `loss_mask` of the same shape, bool: the response, which alone is supervised;
-            - `anchors` of shape `(batch, blocks)`, ascending, and `anchor_mask`, bool: False for filler.
+            - `anchors` of shape `(batch, blocks)`, ascending, and `anchor_mask`, bool: False for filler;
+            - with stored states, `taps` and `final` of shape `(batch, length, ...)`, zero where padded.
         """
         rows = [torch.as_tensor(sample["input_ids"][: self.max_length], dtype=torch.long) for sample in samples]
         length = max(len(row) for row in rows)
@@ -64,6 +70,9 @@ class AnchorCollator:
             batch["loss_mask"][index, sample["prompt_length"] : len(row)] = True
             batch["anchors"][index, : len(chosen)] = chosen
             batch["anchor_mask"][index, : len(chosen)] = True
+        if self.states is not None:
+            taps, final = zip(*(self.states(row.tolist()) for row in rows), strict=True)
+            batch["taps"], batch["final"] = pad_sequence(taps, True), pad_sequence(final, True)
         return batch
 
     def _anchors(self, row: torch.Tensor, prompt_length: int) -> torch.Tensor:

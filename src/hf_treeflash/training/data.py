@@ -21,10 +21,13 @@ class Prompt(NamedTuple):
             Its tokens, chat template applied.
         source (`str`):
             Where it is from: file and line, or data set and row.
+        messages (`list[dict]`, *optional*):
+            The conversation, where it is one.
     """
 
     input_ids: list[int]
     source: str
+    messages: list[dict] | None = None
 
 
 class BadRows:
@@ -88,7 +91,7 @@ def chat_prompts(
             bad_rows.report(place, f"it cannot be rendered ({_in_words(error)}).")
             continue
         if input_ids:
-            prompts.append(Prompt(input_ids, place))
+            prompts.append(Prompt(input_ids, place, messages))
         else:
             bad_rows.report(place, "the chat template makes no token of it.")
     return prompts

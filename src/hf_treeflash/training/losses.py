@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 class RowScores(NamedTuple):
@@ -50,10 +49,10 @@ def score_rows(
     Args:
         lm_head (`Callable`):
             The target's output layer as the drafter reads it, frozen.
-        states (`torch.Tensor` of shape `(rows, hidden_size)`):
-            Normed drafter states.
+        states (`torch.Tensor` of shape `(drafts, rows, hidden_size)`):
+            Normed drafter states; the drafts share labels and target, whose logits are computed once for all.
         labels (`torch.LongTensor` of shape `(rows,)`):
-            Tokens to predict.
+            Tokens to predict, as the output layer numbers them.
         teacher_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
             The target's final states; with them the loss is the forward KL to the target, else the cross-entropy.
         teacher_head (`Callable`, *optional*):
@@ -61,31 +60,57 @@ def score_rows(
         num_candidates (`int`):
             Length of the shortlist that `recalled` is about.
         chunk_rows (`int`):
-            Rows whose logits are held at once; they are computed again in the backward pass.
+            Rows whose logits are held at once.
 
     Returns:
-        [`RowScores`]
+        [`RowScores`], with a leading dimension of drafts.
     """
-    chunks = zip(
-        states.split(chunk_rows),
-        labels.split(chunk_rows),
-        [None] * max(1, -(-len(states) // chunk_rows)) if teacher_states is None else teacher_states.split(chunk_rows),
-        strict=True,
-    )
-    heads = lm_head, teacher_head or lm_head
-    scores = [checkpoint(_score_chunk, heads, *chunk, num_candidates, use_reentrant=False) for chunk in chunks]
-    return RowScores(*(torch.cat(parts) for parts in zip(*scores, strict=True)))
+    teacher_head = teacher_head or lm_head
 
-
-def _score_chunk(heads, states, labels, teacher_states, num_candidates) -> tuple[torch.Tensor, ...]:
-    lm_head, teacher_head = heads
-    logits = lm_head(states).float()
-    if teacher_states is None:
-        loss = F.cross_entropy(logits, labels, reduction="none")
-    else:
+    def score(chunk: torch.Tensor, start: int) -> RowScores:
+        """Score the rows from `start` on of all drafts."""
+        rows = slice(start, start + chunk.shape[1])
+        wanted = labels[rows].expand(len(chunk), -1)
+        logits = lm_head(chunk).float()  # (drafts, rows, vocab)
+        if teacher_states is None:
+            loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
+        else:
+            with torch.no_grad():
+                teacher = teacher_head(teacher_states[rows]).float().log_softmax(dim=-1)
+                probabilities = teacher.exp()
+                entropy = -(probabilities * teacher).sum(dim=-1)
+            # The likelihood of the target's choices, one pass over the logits less than the divergence itself.
+            loss = logits.logsumexp(dim=-1) - torch.linalg.vecdot(logits, probabilities) - entropy
         with torch.no_grad():
-            teacher = teacher_head(teacher_states).float().log_softmax(dim=-1)
-        loss = F.kl_div(logits.log_softmax(dim=-1), teacher, reduction="none", log_target=True).sum(dim=-1)
-    with torch.no_grad():
-        candidates = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    return loss, candidates[:, 0], candidates.any(dim=-1)
+            better = (logits > logits.gather(-1, wanted[..., None])).sum(dim=-1)
+        return RowScores(loss, better == 0, better < num_candidates)
+
+    starts = range(0, max(1, states.shape[1]), chunk_rows)
+    chunks = [RowsWithGradient.apply(score, states[:, start : start + chunk_rows], start) for start in starts]
+    return RowScores(*(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)))
+
+
+class RowsWithGradient(torch.autograd.Function):
+    """Scores of rows, whose gradient is computed with them, so that no logits are kept for the backward pass.
+
+    A row's loss depends on that row's state alone: the gradient of their sum holds the gradient of each.
+    """
+
+    @staticmethod
+    def forward(ctx, score: Callable[[torch.Tensor, int], RowScores], states: torch.Tensor, start: int):
+        """Score states `(drafts, rows, hidden_size)`, the rows from `start` on."""
+        if not states.requires_grad:
+            return tuple(score(states, start))
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            scores = score(states, start)
+            (gradient,) = torch.autograd.grad(scores.loss.sum(), states)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(scores.correct, scores.recalled)
+        return scores.loss.detach(), scores.correct, scores.recalled
+
+    @staticmethod
+    def backward(ctx, loss_gradient, *_):
+        """Return the gradient of the states."""
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * loss_gradient[..., None].to(gradient.dtype), None

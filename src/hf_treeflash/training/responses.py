@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -63,8 +63,6 @@ def regenerate(
     Raises:
         ValueError: If the file was begun with other settings.
     """
-    output_file = Path(output_file)
-    lines_file = output_file.with_suffix(".jsonl")
     made = provenance(
         target,
         tokenizer,
@@ -74,14 +72,50 @@ def regenerate(
         prompts=len(prompts),
         **(provenance_extra or {}),
     )
-    done = _resume(lines_file, made, batch_size, len(prompts))
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def respond(batch: Sequence[Prompt], number: int) -> Iterator[dict]:
+        torch.manual_seed(seed + number)
+        return _respond(target, batch, pad_token_id, generate_kwargs)
+
+    return answer_all(prompts, output_file, made, batch_size, respond)
+
+
+def answer_all(
+    prompts: Sequence[Prompt],
+    output_file: str | os.PathLike,
+    made: dict,
+    batch_size: int,
+    respond: Callable[[Sequence[Prompt], int], Iterable[dict]],
+) -> list[dict]:
+    """Answer prompts in batches, each written as it is done; go on where an interrupted call stopped.
+
+    Args:
+        prompts (`Sequence[Prompt]`):
+            What to answer.
+        output_file (`str` or `os.PathLike`):
+            See [`regenerate`].
+        made (`dict`):
+            How the answers are made.
+        batch_size (`int`):
+            Prompts per batch.
+        respond (`Callable`):
+            Takes a batch of prompts and its number, and gives their samples in order.
+
+    Returns:
+        `list[dict]`: The samples.
+
+    Raises:
+        ValueError: If the file was begun with other settings.
+    """
+    output_file = Path(output_file)
+    lines_file = output_file.with_suffix(".jsonl")
+    begin(lines_file, made)
+    done = _resume(lines_file, batch_size, len(prompts))
     starts = range(done, len(prompts), batch_size)
     with open(lines_file, "a") as file:
         for start in tqdm(starts, desc="responses", initial=done // batch_size, total=-(-len(prompts) // batch_size)):
-            torch.manual_seed(seed + start // batch_size)
-            batch = prompts[start : start + batch_size]
-            for sample in _respond(target, batch, pad_token_id, generate_kwargs):
+            for sample in respond(prompts[start : start + batch_size], start // batch_size):
                 file.write(json.dumps(sample) + "\n")
             file.flush()
     samples = load_samples(lines_file)
@@ -95,8 +129,7 @@ def regenerate(
 def _respond(target, batch: Sequence[Prompt], pad_token_id: int, generate_kwargs: dict) -> Iterator[dict]:
     inputs = left_padded([prompt.input_ids for prompt in batch], pad_token_id, target.device)
     output = target.generate(**inputs, **{"pad_token_id": pad_token_id, **generate_kwargs})
-    ends = target.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = end_tokens(target)
     for prompt, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
         end = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
         yield {
@@ -104,6 +137,12 @@ def _respond(target, batch: Sequence[Prompt], pad_token_id: int, generate_kwargs
             "prompt_length": len(prompt.input_ids),
             "source": prompt.source,
         }
+
+
+def end_tokens(target) -> set[int]:
+    """Return the tokens that end a target's text."""
+    ends = target.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device) -> dict[str, torch.Tensor]:
@@ -115,16 +154,25 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device) -> 
     return {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
-def _resume(lines_file: Path, made: dict, batch_size: int, count: int) -> int:
-    """Return how many prompts are done; drop a half-written batch, and refuse a file made otherwise."""
+def begin(file: Path, made: dict) -> None:
+    """Note beside a file how it is made, or compare.
+
+    Raises:
+        ValueError: If the file was begun with other settings.
+    """
     made = json.loads(json.dumps(made))
-    record = lines_file.with_name(lines_file.name + ".provenance.json")
-    if not lines_file.exists():
-        lines_file.parent.mkdir(parents=True, exist_ok=True)
+    record = file.with_name(file.name + ".provenance.json")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(made, indent=2) + "\n")
+    elif json.loads(record.read_text()) != made:
+        raise ValueError(f"{file} was begun with other settings, see {record}; finish it so, or remove both.")
+
+
+def _resume(lines_file: Path, batch_size: int, count: int) -> int:
+    """Return how many prompts are done; drop a half-written batch."""
+    if not lines_file.exists():
         return 0
-    if json.loads(record.read_text()) != made:
-        raise ValueError(f"{lines_file} was begun with other settings, see {record}; finish it so, or remove both.")
     lines = [line for line in lines_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     done = len(lines) if len(lines) == count else len(lines) // batch_size * batch_size
     lines_file.write_text("".join(lines[:done]))

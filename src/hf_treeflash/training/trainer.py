@@ -18,8 +18,11 @@ from .adapters import check_adapters
 from .arguments import TreeFlashTrainingArguments
 from .blocks import Blocks, make_blocks, output_layer_of
 from .collator import AnchorCollator
-from .losses import score_rows, slot_weights, weighted_mean
+from .draft_vocabulary import frequent_tokens, response_tokens
+from .loss_vocabulary import LossVocabulary
+from .losses import RowScores, score_rows, slot_weights, weighted_mean
 from .metrics import MetricSums, add_block_metrics, measure_block_efficiency
+from .stored_states import StoredStates
 
 
 class TreeFlashTrainer(Trainer):
@@ -65,7 +68,11 @@ class TreeFlashTrainer(Trainer):
         else:
             self.target.to(self.accelerator.device)
         self.eval_prompts = eval_prompts
-        self.eval_collator = AnchorCollator(pad_token_id, max_length=args.max_length, stride=args.eval_anchor_stride)
+        self.loss_vocabulary = self._loss_vocabulary()
+        collator.states = self._stored_states()
+        self.eval_collator = AnchorCollator(
+            pad_token_id, max_length=args.max_length, stride=args.eval_anchor_stride, states=collator.states
+        )
         self.sums = {True: MetricSums(), False: MetricSums()}  # by whether the model trains
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -79,34 +86,63 @@ class TreeFlashTrainer(Trainer):
         with_head = self.args.stage != "backbone"
         blocks = make_blocks(drafter, self.target, inputs, with_head)
         outputs = model(**blocks.inputs)
-        weights = slot_weights(blocks.depths, self.args.slot_decay)
-        sums, losses = self.sums[training], {}
+        sums, drafts = self.sums[training], {}
         for prefix, states in (("base_", outputs.last_hidden_state), ("", outputs.corrected_hidden_state)):
             is_frozen = prefix == "base_" and self.args.stage == "head"
-            if states is None or (is_frozen and training):
-                continue
-            scores = self._score(drafter, blocks, states)
-            losses[prefix] = weighted_mean(scores.loss, weights)
-            add_block_metrics(sums, prefix, scores.correct, blocks.supervised, per_slot=not training)
+            if states is not None and not (is_frozen and training):
+                drafts[prefix] = blocks.rows(states)
+        scores, known = self._score(drafter, blocks, torch.stack(list(drafts.values())))
+        weights, losses = slot_weights(blocks.depths, self.args.slot_decay) * known, {}
+        for prefix, loss, correct, recalled in zip(drafts, *scores, strict=True):
+            losses[prefix] = weighted_mean(loss, weights)
+            add_block_metrics(sums, prefix, correct & known, blocks.supervised, per_slot=not training)
             if prefix == "base_":
-                sums.add("candidate_recall", scores.recalled.sum(), torch.tensor(len(weights)))
+                sums.add("candidate_recall", (recalled & known).sum(), torch.tensor(len(weights)))
         return self._combine(losses)
 
-    def _score(self, drafter, blocks: Blocks, states: torch.Tensor):
-        return score_rows(
-            output_layer_of(self.target, drafter),
-            blocks.rows(states),
-            blocks.labels,
+    def _score(self, drafter, blocks: Blocks, states: torch.Tensor) -> tuple[RowScores, torch.Tensor]:
+        """Score drafts; also return which rows have a label that the loss is over."""
+        labels, vocabulary = blocks.labels, None
+        if self.loss_vocabulary is not None:
+            labels, vocabulary = self.loss_vocabulary.places[labels], self.loss_vocabulary.draw()
+        scores = score_rows(
+            output_layer_of(self.target, drafter, vocabulary),
+            states,
+            labels.clamp(min=0),
             blocks.teacher_states if self.args.loss == "kl" else None,
-            teacher_head=output_layer_of(self.target),
+            teacher_head=output_layer_of(self.target, vocabulary=vocabulary),
             num_candidates=drafter.generation_config.num_candidates,
             chunk_rows=self.args.loss_chunk_rows,
         )
+        return scores, labels >= 0
 
     def _combine(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.args.stage == "joint":
             return losses[""] + self.args.marginal_loss_weight * losses["base_"]
         return losses["base_" if self.args.stage == "backbone" else ""]
+
+    def _loss_vocabulary(self) -> LossVocabulary | None:
+        if self.args.loss_vocabulary is None:
+            return None
+        head = self.target.get_output_embeddings()
+        if type(head) is not nn.Linear or not head.weight.is_floating_point():
+            raise ValueError(
+                "`loss_vocabulary` reads single rows of the target's output layer, which must be a plain `nn.Linear`; "
+                f"this target has a {type(head).__name__}. Leave it out."
+            )
+        frequent = frequent_tokens(response_tokens(self.train_dataset), self.args.loss_vocabulary)
+        return LossVocabulary(frequent.to(head.weight.device), head.weight.shape[0], self.args.loss_drawn_tokens)
+
+    def _stored_states(self) -> StoredStates | None:
+        if self.args.target_states is None:
+            return None
+        layer_ids = self.accelerator.unwrap_model(self.model).config.target_layer_ids
+        samples = [*(self.train_dataset or ()), *(self.eval_dataset or ())]
+        with self.accelerator.main_process_first():
+            dtype = getattr(torch, self.args.target_states_dtype)
+            states = StoredStates(self.args.target_states, self.target, layer_ids, dtype)
+            states.add(sample["input_ids"][: self.args.max_length] for sample in samples)
+        return states
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the loss of an evaluation batch; metrics are summed on the way."""
