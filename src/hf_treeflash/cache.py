@@ -269,11 +269,11 @@ class PrefixCache:
         self.valid = placed([own[None, :, None] for own in valid], ends, 0, self.length)[:, 0, :, 0]  # (rows, length)
         self.filled = None if at_left or min(filled) == self.length else filled
 
-    def restore_rows(self, length: int | None = None, run_last=None) -> None:
+    def restore_rows(self, length: int | None = None, read_on=None) -> None:
         """Leave the cache as plain decoding does: with its own layers, and all rows back in, each at the left edge.
 
         Args:
-            length (`int`, *optional*), run_last (`Callable`, *optional*):
+            length (`int`, *optional*), read_on (`Callable`, *optional*):
                 See [`Rows.give_back`].
         """
         if self.rows is None:
@@ -282,7 +282,7 @@ class PrefixCache:
         self.storages, self.kept = [], [*self.of_layers]  # each storage is freed once its layers have left
         release(self.cache)
         if not whole:
-            self.rows.give_back(self, length, run_last)
+            self.rows.give_back(self, length, read_on)
 
     @property
     def _device(self) -> torch.device:

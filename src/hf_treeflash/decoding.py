@@ -8,6 +8,7 @@ import functools
 import time
 
 import torch
+from torch.nn import functional
 
 from .budget import auto_budget
 from .cache import PrefixCache, recording_past
@@ -17,7 +18,6 @@ from .compat import CACHE
 from .context import Context, remember_context, take_context
 from .draft_head import OutputScale
 from .exactness import Exactness
-from .hybrids import check_rewinds
 from .lockstep import LockstepWalker, advances_together
 from .logits_process import TreeLogitsProcessor
 from .lookahead import Lookahead, askable
@@ -31,12 +31,15 @@ from .round_state import RoundState
 from .rows import Rows
 from .sequences import Sequences
 from .taps import Taps, tapped_states
-from .tree import DraftTree, root_only
+from .tree import DraftTree, chains, root_only
 from .verify import Verdict, Verifier
 from .walker import Walker
 
 # What a verify pass sets itself, or only the prompt needs.
 PROMPT_KWARGS = {"attention_mask", "position_ids", CACHE, "inputs_embeds", "logits_to_keep"}
+
+
+READ_AT_ONCE = 64  # tokens per row: as many as a usual tree has nodes
 
 
 class NoCache(ValueError):
@@ -89,9 +92,15 @@ class TreeDecoding:
         quotes = generation_config.prompt_lookup_num_tokens is not None
         self.lookup = PromptLookup(generation_config, batch) if quotes else None
         self.temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
-        self.noise = Noise(batch, 2 * self.tokens_ahead, input_ids.device) if self.temperature > 0 else None
+        self.noise = None
+        if self.temperature > 0:
+            self.noise = Noise(batch, 2 * self.tokens_ahead, input_ids.device, self.sequences.may_overrun)
         walks = self.processor, self.sequences, self.recorder, streamer, self.noise, input_ids.device
+        given = getattr(model_kwargs[CACHE], "_is_user_defined", False)
+        self.outlives = generation_config.return_dict_in_generate or given  # the call, does its cache
         self.together = advances_together(batch, logits_processor, stopping_criteria, streamer, self.forward_kwargs)
+        if self.outlives and self.sequences.may_overrun and self.verifier.recurrent is not None:
+            self.together = True  # rows that are ahead would have to be cut back, and a recurrent state cannot be
         self.walker = LockstepWalker(generation_config._pad_token_tensor, *walks) if self.together else Walker(*walks)
 
     def run(self):
@@ -153,9 +162,6 @@ class TreeDecoding:
                 Where the pass leaves the states that the drafter reads.
         """
         kwargs = self.model_kwargs
-        outlives = self.generation_config.return_dict_in_generate or getattr(kwargs[CACHE], "_is_user_defined", False)
-        if outlives and self.sequences.may_overrun:
-            check_rewinds(self.target)
         earlier = take_context(kwargs[CACHE], self.drafter, self.input_ids)
         outputs = self.target._prefill(self.input_ids, self.generation_config, kwargs | taps.model_kwargs)
         self.recorder.prefill(outputs)
@@ -165,7 +171,7 @@ class TreeDecoding:
         prefix = PrefixCache(
             cache,
             None if mask is None else mask.bool(),
-            Rows(batch) if outlives else None,
+            Rows(batch) if self.outlives else None,
             rewinds=self.sequences.may_overrun,
         )
         states = taps.take(outputs)
@@ -307,9 +313,9 @@ class TreeDecoding:
         steps = ids.shape[1] - self.sequences.prompt_length
         if self.noise is not None:
             self.noise.leave(steps)
-        run_last = functools.partial(self._run_last, state.first_positions)
+        read_on = functools.partial(self._read_on, state.first_positions, ids)
         single = len(self.acceptance_lengths) == 1  # its columns are as it left them
-        state.prefix.restore_rows(None if single else state.prompt_columns + steps - 1, run_last)
+        state.prefix.restore_rows(None if single else state.prompt_columns + steps - 1, read_on)
         if single:
             text, pending = self.sequences.prefix(0), Context.joined(state.pending)
             remember_context(cache, self.drafter, text, self.generator.prefix, pending)
@@ -331,13 +337,18 @@ class TreeDecoding:
             state.select(kept)
             self.generator.prefix.select(kept)
 
-    def _run_last(self, first_positions: torch.Tensor, prefix: PrefixCache, rows: list[int]) -> None:
-        """Run the target over the last token of rows that ended before others, as plain decoding does."""
-        tokens = torch.stack([self.sequences.prefix(row)[0, -1] for row in rows])
-        new = torch.tensor([self.sequences.lengths[row] - self.sequences.prompt_length for row in rows])
-        positions = first_positions[..., rows] + new.to(first_positions.device) - 1
+    def _read_on(
+        self, first_positions: torch.Tensor, ids: torch.Tensor, prefix: PrefixCache, rows: list[int], left: list[int]
+    ) -> None:
+        """Run the target over some of what rows that ended before others have not read: a token, then padding."""
+        last = ids.shape[1] - 1  # the newest token of the longest row stays unread, as in plain decoding
+        counts = [min(count, READ_AT_ONCE) for count in left]
+        ids, begins = functional.pad(ids, (0, max(counts))), [last - count for count in left]
+        tokens = torch.stack([ids[row, n : n + max(counts)] for row, n in zip(rows, begins, strict=True)])
+        new = upload([begin - self.sequences.prompt_length for begin in begins], first_positions.device)
         with recording_past(prefix.cache):
-            self.verifier(root_only(tokens), prefix, positions, self.forward_kwargs)
+            self.verifier(chains(tokens), prefix, first_positions[..., rows] + new, self.forward_kwargs)
+        prefix.commit([list(range(count)) for count in counts], tail=max(counts))
 
 
 __all__ = ["PROMPT_KWARGS", "NoCache", "TreeDecoding"]

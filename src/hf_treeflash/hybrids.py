@@ -20,20 +20,6 @@ WHY_NOT = {
 }
 
 
-def check_rewinds(target: Target) -> None:
-    """Refuse to leave the cache of a batch whose rows end together, where those that are ahead must be cut back.
-
-    Raises:
-        ValueError: With what to do.
-    """
-    if recurrent_layers(target.config.get_text_config(decoder=True)) is not None:
-        raise ValueError(
-            "A batch of a target with recurrent layers cannot give its cache back here: without an end-of-text token "
-            "all rows end together, those that were drafted further are cut back, and a recurrent state cannot be. "
-            "Set `eos_token_id`, or leave `return_dict_in_generate` and a cache of your own out."
-        )
-
-
 def recurrent_layers(config) -> ModuleType | None:
     """Return how recurrent layers run over trees; None for a model without any.
 
@@ -86,4 +72,4 @@ def check_layers(target: Target, config) -> None:
         recurrent.check_mixers(target)
 
 
-__all__ = ["check_layers", "check_rewinds", "recurrent_layers"]
+__all__ = ["check_layers", "recurrent_layers"]

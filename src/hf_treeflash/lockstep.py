@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     EosTokenCriteria,
@@ -18,7 +17,7 @@ from transformers import (
 
 from .effects import changes_nothing
 from .logits_process import ROW_BY_ROW
-from .tree import WORD_BITS, DraftTree
+from .tree import DraftTree, chain_words
 from .verify import Verdict
 from .walker import Walker
 
@@ -149,13 +148,6 @@ class LockstepWalker(Walker):
             ancestor_words=torch.where(ended[..., None], chain_words(nodes).to(device), tree.ancestor_words),
             path_log_probs=tree.path_log_probs.masked_fill(ended, 0.0),
         )
-
-
-def chain_words(nodes: int) -> torch.Tensor:
-    """Return the ancestor words of a tree without branches, `(nodes, ceil(nodes / 64))`, see [`DraftTree`]."""
-    width = -(-nodes // WORD_BITS) * WORD_BITS
-    sees = np.tril(np.ones((nodes, width), dtype=np.bool_))
-    return torch.from_numpy(np.packbits(sees, axis=1, bitorder="little").view(np.int64))
 
 
 __all__ = ["LockstepWalker", "advances_together"]

@@ -135,8 +135,9 @@ class TreeLogitsProcessor(LogitsProcessor):
 def for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
     """Return a processor as one row of a batch has it: rows that grow at their own pace cannot share a call."""
     if type(processor) is PrefixConstrainedLogitsProcessor:
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+        # It is told the prompt, of which there may be several sequences.
+        allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(prompt, ids), num_beams=1)
     return processor
 
 

@@ -25,14 +25,16 @@ class Noise:
             Tokens per row whose noise is kept.
         device (`torch.device`):
             Where plain `generate` draws.
+        overruns (`bool`, *optional*, defaults to `False`):
+            Whether rows may be written beyond where all end, so that the generator has to go back.
 
     Attributes:
         buffer (`torch.FloatTensor` of shape `(rows, capacity, vocab_size)`):
             What is kept: the noise of token `t` of a row stands at `t % capacity`. It is made with the first draw.
     """
 
-    def __init__(self, batch: int, capacity: int, device: torch.device):
-        self.batch, self.capacity, self.device = batch, capacity, device
+    def __init__(self, batch: int, capacity: int, device: torch.device, overruns: bool = False):
+        self.batch, self.capacity, self.device, self.overruns = batch, capacity, device, overruns
         self.buffer: Any = None
         self.places = {row: row for row in range(batch)}  # in the buffer, of the rows still being written
         self.taken, self.made = [0] * batch, [0] * batch  # tokens drawn, and tokens whose noise was made
@@ -139,7 +141,8 @@ class Noise:
                 self.buffer[self.places[row], step % self.capacity] = block[row]
         for row in takers:
             self.made[row] += 1
-        passed = min((self.taken[row] for row in self.places), default=self.first) - self.first
+        waiting = range(self.batch) if self.overruns else self.places
+        passed = min((self.taken[row] for row in waiting), default=self.first) - self.first
         if passed > 0:
             self.first += passed
             del self.states[:passed]

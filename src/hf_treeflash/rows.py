@@ -48,7 +48,7 @@ class Rows:
         self.present = [self.present[place] for place in kept]
 
     def give_back(
-        self, prefix, length: int | None = None, run_last: Callable[[Any, list[int]], None] | None = None
+        self, prefix, length: int | None = None, read_on: Callable[[Any, list[int], list[int]], None] | None = None
     ) -> None:
         """Put all rows back in, each at the left edge, as plain decoding leaves them.
 
@@ -57,18 +57,16 @@ class Rows:
                 The cache.
             length (`int`, *optional*):
                 Columns to keep, by default those of the longest row; the columns behind a shorter row are zeros.
-            run_last (`Callable[[PrefixCache, list[int]], None]`, *optional*):
-                Runs the target over the last token of some rows, given a cache of these rows: plain decoding computes
-                its state for every row but the longest.
+            read_on (`Callable[[PrefixCache, list[int], list[int]], None]`, *optional*):
+                Fills some columns of shorter rows, given a cache of these rows and how many each has to go: plain
+                decoding reads on until all rows have ended.
         """
         rows = self.away | {row: prefix.row(place) for place, row in enumerate(self.present)}
         length = max(row.filled for row in rows.values()) if length is None else length
-        short = [row for row in sorted(rows) if rows[row].filled < length]
         try:
-            if run_last is not None and short:
+            while read_on is not None and (short := [row for row in sorted(rows) if rows[row].filled < length]):
                 prefix.put([rows[row] for row in short])
-                run_last(prefix, short)
-                prefix.commit([[0]] * len(short), tail=1)
+                read_on(prefix, short, [length - rows[row].filled for row in short])
                 rows |= {row: prefix.row(place) for place, row in enumerate(short)}
         finally:
             prefix.put([rows[row] for row in sorted(rows)], at_left=True, length=length)

@@ -253,7 +253,7 @@ def tree_from_tables(rows: list[NodeTable]) -> DraftTree:
 
 
 def root_only(anchor_ids: torch.Tensor) -> DraftTree:
-    """Return trees without branches: plain decoding.
+    """Return trees of nothing but a root: plain decoding.
 
     Args:
         anchor_ids (`torch.LongTensor` of shape `(batch,)`):
@@ -264,6 +264,26 @@ def root_only(anchor_ids: torch.Tensor) -> DraftTree:
     return DraftTree(token_ids, zeros - 1, zeros, torch.ones_like(zeros[..., None]), zeros.float())
 
 
+def chains(token_ids: torch.Tensor) -> DraftTree:
+    """Return trees without branches: a text each.
+
+    Args:
+        token_ids (`torch.LongTensor` of shape `(batch, nodes)`):
+            The texts.
+    """
+    batch, nodes = token_ids.shape
+    places = torch.arange(nodes, device=token_ids.device).expand(batch, -1)
+    words = chain_words(nodes).to(token_ids.device).expand(batch, -1, -1)
+    return DraftTree(token_ids, places - 1, places, words, torch.zeros(batch, nodes, device=token_ids.device))
+
+
+def chain_words(nodes: int) -> torch.Tensor:
+    """Return the ancestor words of a tree without branches, `(nodes, ceil(nodes / 64))`, see [`DraftTree`]."""
+    width = -(-nodes // WORD_BITS) * WORD_BITS
+    sees = np.tril(np.ones((nodes, width), dtype=np.bool_))
+    return torch.from_numpy(np.packbits(sees, axis=1, bitorder="little").view(np.int64))
+
+
 __all__ = [
     "WORD_BITS",
     "DraftTree",
@@ -271,6 +291,8 @@ __all__ = [
     "build_on_device",
     "build_tables",
     "build_tree",
+    "chain_words",
+    "chains",
     "root_only",
     "tree_from_tables",
 ]

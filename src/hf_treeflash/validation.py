@@ -51,6 +51,16 @@ def check_pair(target: Target, drafter: Drafter) -> None:
                 f"The drafter does not fit this target: its `{field}` is {getattr(draft, field)}, the target's is "
                 f"{getattr(config, field)}. Load the drafter that was trained for this target."
             )
+    for module, field in (
+        (target.get_input_embeddings(), "embedding_dim"),
+        (target.get_output_embeddings(), "in_features"),
+    ):
+        width = getattr(module, field, draft.hidden_size)
+        if width != draft.hidden_size:
+            raise ValueError(
+                f"{type(target).__name__} has token embeddings {width} wide and states {config.hidden_size} wide; "
+                "a drafter shares embeddings and output layer with its target, so they must be of one width."
+            )
     if draft.mask_token_id >= config.vocab_size:
         raise ValueError(
             f"The drafter does not fit this target: its `mask_token_id` is {draft.mask_token_id}, but the target's "

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_treeflash import storage
 from hf_treeflash.choice import Choice
-from tests.families.checks import assert_same_cache, drafter_for, own_columns
+from tests.families.checks import assert_same_cache, drafter_for
 from tests.helpers.tiny import prompt, tiny_target
 
 SETTINGS = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "return_dict_in_generate": True}
@@ -36,7 +36,7 @@ def test_the_returned_cache_is_its_own_and_as_plain(sizes, family, window):
     assert torch.equal(plain.sequences, tree.sequences)
     assert tree.past_key_values is given and all(a is b for a, b in zip(given.layers, layers, strict=True))
     assert all(layer.keys.is_contiguous() for layer in layers if type(layer) is DynamicLayer)
-    assert_same_cache(given, plain.past_key_values, own_columns(plain, torch.ones_like(ids)))
+    assert_same_cache(given, plain.past_key_values, torch.ones_like(ids))
 
 
 def test_a_broken_call_gives_the_layers_back(sizes):

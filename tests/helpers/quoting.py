@@ -51,9 +51,16 @@ class Quotes:
         return NextTokens(tokens, sorted(log_probs, reverse=True), rows if depth + 1 < self.depth else {})
 
 
-def quoting_drafter(**knobs):
-    """Return a drafter for any tiny target that quotes what its `texts` say (`knows`)."""
-    drafter = with_knobs(tiny_drafter(num_target_layers=None), **{"tree_budget": 24, **knobs})
+def quoting_drafter(shape: dict | None = None, **knobs):
+    """Return a drafter for any tiny target that quotes what its `texts` say (`knows`).
+
+    Args:
+        shape (`dict`, *optional*):
+            Fields of its config, for targets of another shape.
+        knobs:
+            Its knobs.
+    """
+    drafter = with_knobs(tiny_drafter(**{"num_target_layers": None, **(shape or {})}), **{"tree_budget": 24, **knobs})
     read = type(drafter).draft
     drafter.texts = []
 

@@ -10,11 +10,14 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 from hf_treeflash.cache import PrefixCache, recording_past
+from hf_treeflash.compat import CACHE
 from hf_treeflash.recurrent import mixers, tree_pass
 from hf_treeflash.tree import root_only
 from hf_treeflash.verify import Verifier
+from tests.families.checks import assert_same_cache
 from tests.families.hybrids import HYBRIDS
 from tests.families.passes import leaves, prefilled, step_logits, tree_logits, tree_of
+from tests.helpers.pair_on_disk import letter_tokenizer
 from tests.helpers.quoting import knows, quoting_drafter
 from tests.recurrent.trees import shaped_tree
 
@@ -229,18 +232,15 @@ def test_jamba_cannot_go_on_from_a_cache():
         assert torch.equal(mine, theirs)
 
 
-def test_a_batch_that_ends_together_gives_no_cache_back():
-    """A row that is ahead when all end would have to be cut back; its text is, its state cannot be."""
+def test_a_batch_that_ends_together_gives_plain_decodings_cache_back():
+    """A row that is ahead when all end would have to be cut back; as its state cannot be, no row goes ahead."""
     family = BY_NAME["Qwen3.5"]
     target, inputs = family.build(), family.inputs(3)
 
-    def criterion(ids, scores, **kwargs) -> torch.Tensor:
-        return torch.full((len(ids),), ids.shape[1] >= 24)
-
-    plain = target.generate(**inputs, **GREEDY, stopping_criteria=[criterion])
+    settings = {**GREEDY, "stop_strings": ["b", "f"], "tokenizer": letter_tokenizer(), "return_dict_in_generate": True}
+    plain = target.generate(**inputs, **settings)
     drafter = quoting_drafter()
-    knows(drafter, plain, inputs["attention_mask"])
-    settings = {**GREEDY, "stopping_criteria": [criterion], "assistant_model": drafter}
-    assert torch.equal(target.generate(**inputs, **settings), plain)
-    with pytest.raises(ValueError, match="cannot give its cache back here"):
-        target.generate(**inputs, **settings, return_dict_in_generate=True)
+    knows(drafter, plain.sequences, inputs["attention_mask"])
+    tree = target.generate(**inputs, **settings, assistant_model=drafter)
+    assert torch.equal(tree.sequences, plain.sequences)
+    assert_same_cache(tree[CACHE], plain[CACHE], inputs["attention_mask"])
