@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, eager_attention_forward
 
+from .block_convolution import BlockConvolution
 from .block_rule import BlockRule, block_rules
 from .compat import CACHE
 from .configuration_treeflash import TreeFlashConfig
@@ -109,11 +110,20 @@ class TreeFlashDecoderLayer(GradientCheckpointingLayer):
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_conv = BlockConvolution(config) if config.conv_kernel_size else None
+        self.mlp_conv = BlockConvolution(config) if config.conv_kernel_size else None
 
     def forward(self, hidden_states: torch.Tensor, context: torch.Tensor, **kwargs) -> torch.Tensor:
         """Run the layer; arguments as in [`TreeFlashAttention`]."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, **kwargs)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+        def attend(states: torch.Tensor) -> torch.Tensor:
+            return self.self_attn(states, context, **kwargs)
+
+        normed = self.input_layernorm(hidden_states)
+        attended = attend(normed) if self.attention_conv is None else self.attention_conv.around(attend, normed)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + (self.mlp(normed) if self.mlp_conv is None else self.mlp_conv.around(self.mlp, normed))
 
 
 def layer_masks(

@@ -15,7 +15,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .configuration_treeflash import TreeFlashConfig
 from .knobs import KNOB_DEFAULTS, DraftingKnobs
-from .layouts import TARGETS_TENSORS, Layout, read_layout
+from .layouts import PASSED_OVER, Layout, read_layout
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -23,13 +23,13 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 FOREIGN_TENSORS = {
     "attention_sink": "attention sinks",
     "sinks": "attention sinks",
-    "confidence": "a confidence head",
-    "markov": "a DSpark Markov head",
+    "d2t": "a reduced vocabulary, which the config does not name",
+    "markov": "a DSpark Markov head, which the config does not name",
     "joint_proj": "a DSpark head with a state",
     "prefix_gru": "a Domino head",
     "embed_proj": "a Domino head",
-    "_conv.": "DFlash-2's convolutions",
-    "selector": "DFlash-2's selector",
+    "_conv.": "DFlash-2's convolutions, which the config does not name",
+    "selector": "DFlash-2's selector, which the config does not name",
     "mask_hidden": "P-EAGLE's mask state",
     "qkv_proj": "fused projections (Laguna)",
     "g_proj": "gated attention (Laguna)",
@@ -88,7 +88,7 @@ def resolve_checkpoint(model_class, name: str | os.PathLike, kwargs: dict) -> tu
         config = make_config({**layout.values, **given}, source)
     if kwargs.get("state_dict") is None:
         tensors = list(stored_tensors(weight_files(name, kwargs.get("variant"), hub)))
-        check_tensors(model_class, config, layout, tensors)
+        check_tensors(model_class, config, layout, tensors, fresh_head=ours or "ar_head" in given)
         check_extra_files(name, layout, hub)
     kwargs |= {"config": config, "use_safetensors": True}
     if layout.names:
@@ -160,8 +160,10 @@ def weight_files(name: str, variant: str | None, hub: dict) -> list[str]:
     )
 
 
-def check_tensors(model_class, config: TreeFlashConfig, layout: Layout, tensors: list[StoredTensor]) -> None:
-    """Compare the file's tensors with the model's; only a whole head may be missing (it starts at zero)."""
+def check_tensors(
+    model_class, config: TreeFlashConfig, layout: Layout, tensors: list[StoredTensor], fresh_head: bool
+) -> None:
+    """Compare the file's tensors with the model's; only a whole head that was asked for may be missing."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
     found = set()
@@ -172,15 +174,15 @@ def check_tensors(model_class, config: TreeFlashConfig, layout: Layout, tensors:
         if renamed in expected:
             _check_tensor(tensor, expected[renamed], layout, counts=renamed == "d2t")
             found.add(renamed)
-        elif renamed not in TARGETS_TENSORS:
+        elif renamed not in PASSED_OVER:
             what = next((what for part, what in FOREIGN_TENSORS.items() if part in tensor.name), None)
             raise ValueError(
                 f"{tensor.file}: this is {layout.description} with {what or 'tensors of its own'}, which hf_treeflash "
                 f"does not read: expected no tensor {tensor.name!r}, found one of shape {tensor.shape}."
             )
     missing = sorted(set(expected) - found)
-    fresh_head = [key for key in expected if key.startswith("ar_head.")]
-    if missing and missing != sorted(fresh_head):
+    head = sorted(key for key in expected if key.startswith("ar_head."))
+    if missing and not (fresh_head and missing == head):
         files = ", ".join(dict.fromkeys(tensor.file for tensor in tensors))
         raise ValueError(
             f"{files}: this is {layout.description}, but tensor {missing[0]!r} is missing: expected shape "

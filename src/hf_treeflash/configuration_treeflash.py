@@ -84,8 +84,18 @@ class TreeFlashConfig(PreTrainedConfig):
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*):
             Special tokens of the target, which pipelines compare before they pair two models.
         ar_head (`str`, *optional*):
-            `"swiglu"` for the TreeFlash head that conditions each token on the one before it, `None` for a plain
-            DFlash drafter.
+            What conditions each token on the one before it: `"swiglu"` the TreeFlash head, `"markov"` DSpark's,
+            `"selector"` DFlash-2's; `None` for a plain DFlash drafter.
+        head_rank (`int`, *optional*, defaults to 256):
+            Width of the vectors a Markov head or selector holds for each token.
+        head_gated (`bool`, *optional*, defaults to `False`):
+            Whether a Markov head weighs these vectors by the slot's state.
+        selector_top_k (`int`, *optional*, defaults to 16):
+            Tokens of each slot that a selector considers.
+        conv_kernel_size (`int`, *optional*, defaults to 0):
+            Taps of DFlash-2's convolutions along the block, around each sublayer; 0 for none.
+        conv_group_size (`int`, *optional*, defaults to 16):
+            Channels that share what these convolutions take from the state.
     """
 
     model_type = "treeflash"
@@ -119,6 +129,11 @@ class TreeFlashConfig(PreTrainedConfig):
     final_logit_softcapping: float | int | None = None
     draft_vocab_size: int | None = None
     ar_head: str | None = None
+    head_rank: int = 256
+    head_gated: bool = False
+    selector_top_k: int = 16
+    conv_kernel_size: int = 0
+    conv_group_size: int = 16
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -157,6 +172,15 @@ class TreeFlashConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_key_value_heads`: expected a divisor of `num_attention_heads` {self.num_attention_heads}, "
                 f"found {self.num_key_value_heads}."
+            )
+        if self.ar_head in ("markov", "selector") and self.vocab_size is None:
+            raise ValueError(f"`vocab_size`: expected a number of tokens for the head {self.ar_head!r}, found none.")
+        if self.ar_head == "selector" and self.draft_vocab_size is not None:
+            raise ValueError(f"`draft_vocab_size`: expected None beside a selector, found {self.draft_vocab_size}.")
+        if self.conv_kernel_size and self.hidden_size % self.conv_group_size:
+            raise ValueError(
+                f"`conv_group_size`: expected a divisor of `hidden_size` {self.hidden_size}, found "
+                f"{self.conv_group_size}."
             )
         taps = self.target_layer_ids
         if not taps or (self.num_target_layers is not None and max(taps) >= self.num_target_layers):

@@ -14,9 +14,20 @@ NAMES = {
     r"^ar_approximation\.ug\.": "ar_head.up_gate_proj.",
     r"^ar_approximation\.d\.": "ar_head.down_proj.",
     r"^ar_approximation\.norm\.": "ar_head.norm.",
+    r"^logit_head\.": "",
+    r"^markov_head\.": "",
+    r"^markov_w1\.": "ar_head.previous.",
+    r"^markov_w2\.": "ar_head.following.",
+    r"^gate_proj\.": "ar_head.gate.",
+    r"^candidate_selector\.predecessor_codebook$": "ar_head.previous.weight",
+    r"^candidate_selector\.successor_codebook$": "ar_head.following.weight",
+    r"^candidate_selector\.hidden_projection\.": "ar_head.project.",
 }
-# What a file may carry of its target; a drafter borrows these from the target instead.
-TARGETS_TENSORS = ("embed_tokens.weight", "lm_head.weight", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
+# What a file may carry of its target, which a drafter borrows instead, and a head that says how sure the others are.
+PASSED_OVER = (
+    *("embed_tokens.weight", "lm_head.weight", "verifier_norm.weight", "verifier_lm_head.weight", "t2d"),
+    *("confidence_head.proj.weight", "confidence_head.proj.bias", "confidence_proj.weight", "confidence_proj.bias"),
+)
 
 BACKBONE: dict[str, Any] = {
     "vocab_size": int,
@@ -117,10 +128,10 @@ def _kind(fields: StoredFields) -> str:
         if part in named:
             fields.refuse(f"this is {what}. hf_treeflash reads DFlash, DSpark and TreeFlash drafters.")
     if speculators or model:
-        if model not in (None, "dflash", "dspark"):
+        if model not in (None, "dflash", "dspark", "dflash2"):
             fields.refuse(
-                f"this is a speculators {model!r} drafter: `speculators_model_type`: expected 'dflash' or 'dspark', "
-                f"found {model!r}."
+                f"this is a speculators {model!r} drafter: `speculators_model_type`: expected 'dflash', 'dspark' or "
+                f"'dflash2', found {model!r}."
             )
         return "speculators"
     if "treeflash_config" in stored:
@@ -154,8 +165,10 @@ def _description(fields: StoredFields, kind: str) -> str:
         parts.append(f"a {fields.read('markov_head_type', of=str) or 'vanilla'} Markov head")
     if fields.read("enable_confidence_head", of=bool):
         parts.append("a confidence head")
-    if fields.read("conv_kernel_size", of=int) or fields.read("selector_rank", of=int):
-        parts.append("DFlash-2's convolutions and selector")
+    if fields.read("selector_rank", of=int):
+        parts.append("DFlash-2's selector")
+    if fields.read("conv_kernel_size", of=int):
+        parts.append("DFlash-2's convolutions")
     kept, whole = fields.read("draft_vocab_size", of=int), fields.read("vocab_size", of=int)
     if kept is not None and kept != whole:
         parts.append(f"a vocabulary of {kept} tokens")
@@ -264,17 +277,32 @@ def _output(fields: StoredFields, vocab_size: int | None) -> dict[str, Any]:
 
 
 def _head(fields: StoredFields) -> dict[str, Any]:
-    head = fields.read("ar_approximation", of=str)
-    if head not in (None, "swiglu"):
-        fields.refuse(f"`ar_approximation`: expected 'swiglu' or null, found {head!r}.")
+    """Return which head conditions a slot on the token before it, and DFlash-2's convolutions."""
+    swiglu = fields.read("ar_approximation", of=str)
+    if swiglu not in (None, "swiglu"):
+        fields.refuse(f"`ar_approximation`: expected 'swiglu' or null, found {swiglu!r}.")
     projector = fields.read("projector_type", of=str)
     if projector not in (None, "dflash", "dspark"):
         fields.refuse(f"`projector_type`: expected 'dflash', 'dspark' or null, found {projector!r}.")
-    for name in ("markov_rank", "conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"):
-        if value := fields.read(name, of=int):
-            fields.refuse(f"`{name}`: expected 0 or null, found {value}.")
-    fields.judged.update(("markov_head_type", "enable_confidence_head", "confidence_head_with_markov"))
-    return {"ar_head": head}
+    markov, selector = fields.read("markov_rank", of=int), fields.read("selector_rank", of=int)
+    kind = fields.read("markov_head_type", of=str) or "vanilla"
+    if markov and kind not in ("vanilla", "gated"):
+        fields.refuse(f"`markov_head_type`: expected 'vanilla' or 'gated', found {kind!r}.")
+    ranks = {"swiglu": swiglu, "markov": markov, "selector": selector}
+    heads = [name for name, rank in ranks.items() if rank]
+    if len(heads) > 1:
+        fields.refuse(f"`markov_rank` and `selector_rank`: expected one head, found {' and '.join(heads)}.")
+    # How sure the head is of itself decides nothing here.
+    fields.judged.update(("enable_confidence_head", "confidence_head_with_markov"))
+    taps = fields.read("conv_kernel_size", of=int)
+    return {
+        "ar_head": heads[0] if heads else None,
+        "head_rank": markov or selector or None,
+        "head_gated": bool(markov) and kind == "gated",
+        "selector_top_k": (fields.required if selector else fields.read)("selector_top_k", of=int),
+        "conv_kernel_size": taps,
+        "conv_group_size": (fields.required if taps else fields.read)("conv_group_size", of=int),
+    }
 
 
-__all__ = ["TARGETS_TENSORS", "Layout", "read_layout"]
+__all__ = ["PASSED_OVER", "Layout", "read_layout"]

@@ -11,13 +11,14 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .ar_head import ARHead, by_slot
+from .ar_head import ARHead, Slots
 from .backbone import RMSNorm, TreeFlashDecoderLayer, layer_masks
+from .block_convolution import BlockConvolution
 from .compat import CACHE
 from .configuration_treeflash import TreeFlashConfig
-from .draft_head import narrowed
 from .knobs import DEFAULT_KNOBS, KNOB_DEFAULTS, DraftingKnobs
-from .layouts import TARGETS_TENSORS
+from .layouts import PASSED_OVER
+from .markov_head import MarkovHead, SelectorHead
 from .rotary import rotary_embedding, rotations
 from .transitions import HeadRows, Transitions, top_log_probs
 
@@ -29,8 +30,9 @@ class TreeFlashOutput(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, block_size, hidden_size)`):
             Normed states; the target's output layer turns them into the marginal distributions.
-        corrected_hidden_state (`torch.FloatTensor` of shape `(batch, block_size, hidden_size)`, *optional*):
-            Normed states corrected for the previous tokens that were passed in.
+        corrected_hidden_state (`torch.FloatTensor` of shape `(batch, block_size, size)`, *optional*):
+            What the head's `logits` reads, given the previous tokens that were passed in: normed states, corrected
+            for them or with their codes behind.
     """
 
     corrected_hidden_state: torch.Tensor | None = None
@@ -43,8 +45,8 @@ class TreeFlashPreTrainedModel(PreTrainedModel):
     main_input_name = "noise_embeds"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TreeFlashDecoderLayer"]
-    # What a file may carry of its target.
-    _keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(name)}$" for name in TARGETS_TENSORS]
+    # What files may carry that no drafter reads.
+    _keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(name)}$" for name in PASSED_OVER]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -55,6 +57,13 @@ class TreeFlashPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if getattr(module, "_zero_init", False):
             init.zeros_(module.weight)
+        if isinstance(module, BlockConvolution):  # at first it changes nothing
+            kernel = torch.zeros_like(module.base_kernel)
+            kernel[:, 0] = 1.0
+            init.copy_(module.base_kernel, kernel)
+
+
+HEADS: dict[str, type[nn.Module]] = {"swiglu": ARHead, "markov": MarkovHead, "selector": SelectorHead}
 
 
 class TreeFlashDraftModel(TreeFlashPreTrainedModel):
@@ -77,7 +86,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         self.layers = nn.ModuleList(TreeFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
-        self.ar_head = ARHead(config) if config.ar_head is not None else None
+        self.ar_head = None if config.ar_head is None else HEADS[config.ar_head](config)
         if config.draft_vocab_size is not None:
             self.draft_lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -93,6 +102,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         cache: Cache | None = None,
         previous_embeds: torch.Tensor | None = None,
+        previous_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> TreeFlashOutput:
@@ -113,6 +123,8 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 own chain calls it `past_key_values`.
             previous_embeds (`torch.Tensor` of shape `(batch, slots, hidden_size)`, *optional*):
                 Target embeddings of the token before each slot; asks for `corrected_hidden_state` (training).
+            previous_ids (`torch.LongTensor` of shape `(batch, slots)`, *optional*):
+                The tokens themselves instead, for heads that hold vectors of their own for them.
 
         Returns:
             [`TreeFlashOutput`]
@@ -123,8 +135,12 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         )
         normed = self.norm(hidden_states)
         corrected = None
-        if previous_embeds is not None:
-            corrected = self.correct(hidden_states, normed, previous_embeds)
+        if previous_embeds is not None or previous_ids is not None:
+            if self.ar_head is None:
+                raise ValueError("This drafter has no AR head; set `config.ar_head='swiglu'` to give it one.")
+            if previous_embeds is None:
+                previous_embeds = self.ar_head.previous(previous_ids)
+            corrected = self.ar_head.states(self.norm, hidden_states, normed, previous_embeds)
         return TreeFlashOutput(last_hidden_state=normed, corrected_hidden_state=corrected, **{CACHE: cache})
 
     def backbone(
@@ -149,12 +165,6 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
                 **kwargs,
             )
         return hidden_states
-
-    def correct(self, hidden_states, normed, previous_embeds, slots=None) -> torch.Tensor:
-        """Return `norm(h + ar_head(previous, norm(h)))` for every row; arguments as in [`ARHead`]."""
-        if self.ar_head is None:
-            raise ValueError("This drafter has no AR head; set `config.ar_head='swiglu'` to give it one.")
-        return self.norm(by_slot(hidden_states, slots) + self.ar_head(previous_embeds, normed, slots))
 
     def target_ids(self, columns: torch.Tensor) -> torch.Tensor:
         """Return the target's tokens behind columns of the output layer; the same unless the vocabulary is reduced."""
@@ -215,32 +225,29 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             marginal = Transitions.marginal(lm_head(normed), branching, temperature, draw_noise)
             return marginal._replace(token_ids=self.target_ids(marginal.token_ids))
 
-        # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
-        links = hidden.shape[1] - 1
-        marginals = lm_head(normed[:, :links] if knobs.draft_vocab is None else normed)  # (batch, links, vocab)
+        # The last slot precedes nothing, so it needs no shortlist; some heads and a narrowed vocabulary ask it, too.
+        head, links = self.ar_head, hidden.shape[1] - 1
+        asks_all = head.reads_marginals or knobs.draft_vocab is not None
+        marginals = lm_head(normed if asks_all else normed[:, :links])  # (batch, slots, vocab)
         if draw_noise is not None:
             marginals = marginals + draw_noise[:, : marginals.shape[1]]
         shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], knobs.num_candidates, temperature)
-        shortlist = self.target_ids(shortlist)  # (batch, links, candidates)
-        row_head, vocabulary = narrowed(lm_head, marginals, knobs.draft_vocab)
-        if draw_noise is not None:
-            draw_noise = draw_noise if vocabulary is None else draw_noise[..., vocabulary]
-            draw_noise = draw_noise if on_demand is None else draw_noise.flatten(0, 1)[None]  # see `HeadRows`
+        shortlist, embed = self.target_ids(shortlist), head.embedding(embed)  # (batch, links, candidates)
+        states, score_columns = head.scorer(Slots(hidden, normed, marginals, draw_noise), self.norm, lm_head, knobs)
 
-        def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
-            corrected = self.correct(hidden, normed, previous_embeds, slots)
-            token_ids, log_probs = top_log_probs(row_head(corrected), branching, temperature, draw_noise, slots)
-            return self.target_ids(token_ids if vocabulary is None else vocabulary[token_ids]), log_probs
+        def score(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            columns, log_probs = score_columns(*arguments)
+            return self.target_ids(columns), log_probs
 
         if on_demand is not None:
-            rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, shortlist_log_probs)
+            rows = HeadRows(score, embed, states, anchor_ids, shortlist, shortlist_log_probs)
             rows.compute_likely(on_demand)
             return rows
         # One row for the anchor, then one per candidate of each further slot: `rows` in all.
-        previous = torch.cat([noise_embeds[:, :1], embed(shortlist).flatten(1, 2)], dim=1)
+        previous_ids = torch.cat([anchor_ids[:, None].to(shortlist.device), shortlist.flatten(1)], dim=1)
         candidates = shortlist.shape[-1]
-        slots = torch.arange(candidates - 1, candidates * (links + 1), device=hidden.device) // candidates  # (rows,)
-        token_ids, log_probs = score(hidden, normed, previous, slots)  # (batch, rows, branching)
+        own = torch.arange(candidates - 1, candidates * (links + 1), device=hidden.device) // candidates  # (rows,)
+        token_ids, log_probs = score(*states, embed(previous_ids), own)  # (batch, rows, branching)
         return Transitions.conditional(token_ids, log_probs, shortlist)
 
     @classmethod

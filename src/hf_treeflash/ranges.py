@@ -21,6 +21,10 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "block_size": (2, 256),
     "mask_token_id": (0, 2**24 - 1),
     "first_slot": (0, 1),
+    "head_rank": (1, 2**13),
+    "selector_top_k": (1, 1024),
+    "conv_kernel_size": (0, 64),
+    "conv_group_size": (1, 2**16),
 }
 NUMBERS: dict[str, tuple[float, float]] = {
     "initializer_range": (0.0, 10.0),
@@ -32,7 +36,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
 }
 TARGET_LAYER_IDS = (-1, 4095)  # -1 is the embedding
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "ar_head": (None, "swiglu"),
+    "ar_head": (None, "swiglu", "markov", "selector"),
     "causal_layers": ("none", "sliding", "all"),
     "window_rule": ("inclusive", "strict", "context", "anchor"),
 }

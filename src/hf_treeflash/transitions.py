@@ -161,13 +161,12 @@ class HeadRows:
 
     Args:
         score (`Callable`):
-            Given un-normed and normed states `(1, slots, hidden_size)`, embeddings of previous tokens
-            `(1, rows, hidden_size)` and the slots they precede `(rows,)`, returns the next tokens and their
-            log-probabilities, both `(1, rows, branching)`.
+            Given the slots' tensors `(1, slots, ...)`, embeddings of previous tokens `(1, rows, size)` and the slots
+            they precede `(rows,)`, returns the next tokens and their log-probabilities, both `(1, rows, branching)`.
         embed (`Callable`):
-            The target's input embedding.
-        states (`tuple[torch.Tensor, torch.Tensor]`):
-            Un-normed and normed states of the block, `(batch, depth, hidden_size)`.
+            Embeds previous tokens.
+        states (`tuple[torch.Tensor, ...]`):
+            The slots' tensors that `score` reads first, each `(batch, depth, ...)`.
         anchor_ids (`torch.LongTensor` of shape `(batch,)`):
             Newest committed tokens.
         shortlist (`torch.LongTensor` of shape `(batch, depth - 1, rows)`):
@@ -180,7 +179,7 @@ class HeadRows:
         self,
         score: Callable,
         embed: Callable,
-        states: tuple[torch.Tensor, torch.Tensor],
+        states: tuple[torch.Tensor, ...],
         anchor_ids: torch.Tensor,
         shortlist: torch.Tensor,
         shortlist_log_probs: torch.Tensor,

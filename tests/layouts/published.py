@@ -205,6 +205,39 @@ def swiglu() -> dict:
     )
 
 
+def markov(rank: int = 4, rows: int = VOCAB, gated: bool = False, prefix: str = "") -> dict:
+    """Return the tensors of DSpark's Markov head, random enough to matter."""
+    tensors = extra(markov_w1__weight=(VOCAB, rank), markov_w2__weight=(rows, rank))
+    tensors = {name: 5 * value for name, value in tensors.items()}
+    if gated:
+        tensors |= extra(gate_proj__weight=(rank, HIDDEN + rank), gate_proj__bias=(rank,))
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def confidence(name: str = "confidence_head.proj", rank: int = 4) -> dict:
+    """Return a head that says how sure the other one is."""
+    return {f"{name}.weight": torch.ones(1, HIDDEN + rank), f"{name}.bias": torch.ones(1)}
+
+
+def selector(rank: int = 4) -> dict:
+    """Return the tensors of DFlash-2's selector, random enough to matter."""
+    names = {"predecessor_codebook": (VOCAB, rank), "successor_codebook": (VOCAB, rank)}
+    names["hidden_projection.weight"] = (rank, HIDDEN)
+    return {f"candidate_selector.{name}": 1.5 * extra(one=shape)["one"] for name, shape in names.items()}
+
+
+def convolutions(taps: int = 2, group: int = 8) -> dict:
+    """Return the tensors of DFlash-2's convolutions."""
+    tensors = {}
+    for seed, name in enumerate(f"layers.{i}.{part}_conv" for i in range(LAYERS) for part in ("attention", "mlp")):
+        shapes = {"kernel": (2, taps, HIDDEN), "projection": (2 * taps * HIDDEN // group, HIDDEN)}
+        own = extra(seed, **shapes)
+        own["kernel"][:, 0] += 1
+        own["projection"] *= 0.2
+        tensors |= {f"{name}.base_kernel": own["kernel"], f"{name}.kernel_projection.weight": own["projection"]}
+    return tensors
+
+
 def reduced() -> dict:
     """Return an output layer over some tokens, and the maps between their numbers and the target's."""
     kept = torch.tensor(KEPT)
@@ -213,6 +246,9 @@ def reduced() -> dict:
     return {**extra(lm_head__weight=(len(KEPT), HIDDEN)), "d2t": kept - torch.arange(len(KEPT)), "t2d": holds}
 
 
+DSPARK = {"markov_rank": 4, "markov_head_type": "vanilla"}
+SURE = {"enable_confidence_head": True, "confidence_head_with_markov": True}
+DFLASH2 = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 4, "selector_top_k": 5}
 TREEFLASH = {"treeflash_config": {"ar_approximation": "swiglu", "candidate_tokens": 24}}
 PLAIN = backbone()
 
@@ -270,6 +306,64 @@ READ = [
         PLAIN,
     ),
     Published("speculators, reduced vocabulary", speculators(draft_vocab_size=len(KEPT)), PLAIN | reduced()),
+    Published("DeepSpec DSpark", deepspec(**DSPARK), PLAIN | carried() | markov(prefix="markov_head.")),
+    Published(
+        "DeepSpec DSpark, gated, with a confidence head",
+        deepspec(markov_rank=4, markov_head_type="gated", **SURE),
+        PLAIN | carried() | markov(gated=True, prefix="markov_head.") | confidence(),
+    ),
+    Published(
+        "SpecForge DSpark, old names",
+        dflash({"projector_type": "dspark", **DSPARK}),
+        PLAIN | markov(prefix="logit_head.markov_head."),
+    ),
+    Published(
+        "ModelOpt DSpark",
+        dflash(
+            {"projector_type": "dspark", "shift_label": True, "markov_rank": 4, "markov_head_type": "gated", **SURE}
+        ),
+        PLAIN | markov(gated=True) | confidence("confidence_proj"),
+    ),
+    Published(
+        "DSpark in place, causal",
+        dflash({"projector_type": "dspark", "sample_from_anchor": False, "causal": True, **DSPARK}),
+        PLAIN | markov(),
+    ),
+    Published(
+        "speculators DSpark",
+        speculators(speculators_model_type="dspark", **DSPARK),
+        PLAIN | carried() | markov(prefix="markov_head."),
+    ),
+    Published(
+        "speculators DSpark, reduced vocabulary",
+        speculators(speculators_model_type="dspark", draft_vocab_size=len(KEPT), **DSPARK),
+        PLAIN | reduced() | markov(rows=len(KEPT), prefix="markov_head."),
+    ),
+    Published(
+        "DFlash-2",
+        dflash(DFLASH2, architectures=["DFlash2DraftModel"], is_causal=False, **sliding(window=3)),
+        PLAIN | selector() | convolutions(),
+    ),
+    Published(
+        "DFlash-2, scaled and capped logits",
+        dflash(
+            {"output_multiplier": 0.5, "final_logit_softcapping": 2.0, **DFLASH2},
+            architectures=["DFlash2DraftModel"],
+            is_causal=False,
+        ),
+        PLAIN | selector() | convolutions(),
+    ),
+    Published(
+        "speculators DFlash-2",
+        speculators(speculators_model_type="dflash2", is_causal=False, **DFLASH2),
+        PLAIN | selector() | convolutions(),
+    ),
+    Published(
+        "convolutions of three taps, no selector",
+        dflash({"conv_kernel_size": 3, "conv_group_size": 16}),
+        PLAIN | convolutions(3, 16),
+    ),
+    Published("selector, no convolutions", dflash({"selector_rank": 4, "selector_top_k": 5}), PLAIN | selector()),
     Published("transformers native", native(), native_names(PLAIN)),
     Published(
         "transformers native on Muse Glimmer",
@@ -365,7 +459,59 @@ REFUSED = [
         "Nemotron DSpark",
         dflash({"markov_rank": 4, "sample_from_anchor": False, "causal": True, "use_swa": True, "swa_window_size": 4}),
         PLAIN | SINKS | extra(markov_w1__weight=(VOCAB, 4), markov_w2__weight=(VOCAB, 4)),
-        r"this is a DFlash drafter with a vanilla Markov head",
+        r"this is a DFlash drafter with a vanilla Markov head with attention sinks, which hf_treeflash does not read",
+    ),
+    Published(
+        "DSpark with a state",
+        deepspec(markov_rank=4, markov_head_type="rnn"),
+        PLAIN | markov(prefix="markov_head.") | extra(markov_head__joint_proj__weight=(12, HIDDEN + 8)),
+        r"this is a DeepSpec DSpark drafter with a rnn Markov head: `markov_head_type`: expected 'vanilla' or 'gated', "
+        r"found 'rnn'",
+    ),
+    Published(
+        "DSpark whose state is in the tensors only",
+        deepspec(**DSPARK),
+        PLAIN | markov(prefix="markov_head.") | extra(markov_head__joint_proj__weight=(12, HIDDEN + 8)),
+        r"with a DSpark head with a state, which hf_treeflash does not read",
+    ),
+    Published(
+        "Markov head named but missing", deepspec(**DSPARK), PLAIN, r"Markov head, but tensor 'ar_head\.\S+' is"
+    ),
+    Published(
+        "Markov head in the tensors only",
+        dflash(),
+        PLAIN | markov(),
+        r"with a DSpark Markov head, which the config does not name, which hf_treeflash",
+    ),
+    Published(
+        "convolutions in the tensors only",
+        dflash(),
+        PLAIN | convolutions(),
+        r"with DFlash-2's convolutions, which the config does not name",
+    ),
+    Published(
+        "convolutions named but missing",
+        dflash(DFLASH2),
+        PLAIN | selector(),
+        r"DFlash-2's convolutions, but tensor 'layers\.0\.attention_conv\.base_kernel' is missing",
+    ),
+    Published(
+        "selector of unknown width",
+        dflash({**DFLASH2, "selector_top_k": None}),
+        PLAIN | selector() | convolutions(),
+        r"with DFlash-2's selector and DFlash-2's convolutions: `selector_top_k` is missing",
+    ),
+    Published(
+        "two heads",
+        dflash({**DFLASH2, **DSPARK}),
+        PLAIN | selector() | markov(),
+        r"expected one head, found markov and",
+    ),
+    Published(
+        "selector over a reduced vocabulary",
+        speculators(speculators_model_type="dflash2", draft_vocab_size=len(KEPT), **DFLASH2),
+        PLAIN | reduced() | selector() | convolutions(),
+        r"`draft_vocab_size`: expected None beside a selector, found 16",
     ),
     Published(
         "NVFP4",

@@ -218,11 +218,63 @@ class Reference:
         for layer in range(self.layers):
             name = f"layers.{layer}"
             normed = norm(block, self.tensors[f"{name}.input_layernorm.weight"], self.eps)
-            block = block + self.attention(layer, normed, context, anchor)
+            before, after = self.convolutions(f"{name}.attention_conv", normed)
+            block = block + after(self.attention(layer, before(normed), context, anchor))
             normed = norm(block, self.tensors[f"{name}.post_attention_layernorm.weight"], self.eps)
-            gate = F.silu(self.linear(f"{name}.mlp.gate_proj", normed))
-            block = block + self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", normed))
+            before, after = self.convolutions(f"{name}.mlp_conv", normed)
+            mixed = before(normed)
+            gate = F.silu(self.linear(f"{name}.mlp.gate_proj", mixed))
+            block = block + after(
+                self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", mixed))
+            )
         return block
+
+    def convolutions(self, name: str, states):
+        """Return what mixes the slots before a sublayer and behind it; both kernels come from what goes in."""
+        taps = self.get("conv_kernel_size", default=0)
+        if not taps:
+            return (lambda mixed: mixed), (lambda mixed: mixed)
+        base, size = self.tensors[f"{name}.base_kernel"], self.get("conv_group_size")
+        delta = (states @ self.tensors[f"{name}.kernel_projection.weight"].T).view(self.block, 2, taps, -1)
+
+        def along_block(side: int):
+            def mix(mixed):
+                result = torch.zeros_like(mixed)
+                for slot in range(self.block):
+                    for tap in range(min(taps, slot + 1)):
+                        of_groups = delta[slot, side, tap][torch.arange(self.hidden) // size]
+                        result[slot] += (base[side, tap] + of_groups) * mixed[slot - tap]
+                return result
+
+            return mix
+
+        return along_block(0), along_block(1)
+
+    def rows_by_head(self, normed):
+        """Return the logits of a head that adds to a slot's own, `(depth, vocab, vocab)` by previous token."""
+        base, tensors = self.logits(normed), self.tensors
+        first = "candidate_selector.predecessor_codebook"
+        previous = tensors[first if self.get("selector_rank") else "markov_w1.weight"]
+        following = tensors[
+            "candidate_selector.successor_codebook" if self.get("selector_rank") else "markov_w2.weight"
+        ]
+        if "d2t" in tensors:
+            whole = torch.zeros(len(previous), following.shape[1])
+            whole[torch.arange(len(following)) + tensors["d2t"]] = following
+            following = whole
+        rows = []
+        for token in range(len(previous)):
+            code = previous[token].expand(len(normed), -1)
+            if self.get("selector_rank"):
+                code = code * (normed @ tensors["candidate_selector.hidden_projection.weight"].T)
+            elif self.get("markov_head_type") == "gated":
+                code = code * torch.sigmoid(self.linear("gate_proj", torch.cat([normed, code], dim=-1)))
+            rows.append(base + code @ following.T)
+        logits = torch.stack(rows, dim=1)
+        if self.get("selector_rank"):
+            least = base.topk(self.get("selector_top_k"), dim=-1).values[:, -1]
+            logits[(base < least[:, None])[:, None].expand_as(logits)] = float("-inf")
+        return logits
 
     def logits(self, states):
         """Return scaled logits over the target's vocabulary, -inf where the drafter has no token."""
@@ -258,6 +310,8 @@ class Reference:
         """
         states = self.block_states(text, anchor)[self.first_slot() :]
         weight = self.tensors["norm.weight"]
+        if self.get("markov_rank") or self.get("selector_rank"):
+            return self.rows_by_head(norm(states, weight, self.eps)).log_softmax(-1)
         if "ar.ug.weight" not in self.tensors:
             return self.logits(norm(states, weight, self.eps)).log_softmax(-1)
         by_token = []

@@ -100,7 +100,9 @@ def make_blocks(drafter, target, batch: dict[str, torch.Tensor], with_head: bool
         # A slot that predicts nothing is not scored; it gets the anchor so that shapes agree.
         unscored = tokens[..., :1].expand(*anchors.shape, config.first_slot)
         previous_ids = torch.cat([unscored, tokens[..., :-1]], dim=-1)  # (batch, blocks, block_size)
-        inputs["previous_embeds"] = embed(previous_ids.flatten(1))
+        inputs["previous_ids"] = previous_ids.flatten(1)
+        if config.ar_head == "swiglu":  # the others hold vectors of their own
+            inputs["previous_embeds"] = embed(inputs["previous_ids"])
     depths = torch.arange(1, config.num_drafted + 1, device=anchors.device).expand_as(supervised)
     return Blocks(
         inputs=inputs,

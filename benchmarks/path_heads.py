@@ -1,0 +1,138 @@
+"""Reference code of two heads whose rows depend on the whole path, one row per node of a tree; slow, for measuring only.
+
+Both give what to add to a slot's own logits, from a state that each token of the path moves on. No finite table holds
+their rows, so they are not part of the package: `heads.py` measures what they would bring.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_treeflash.transitions import NextTokens
+
+
+class DominoHead(nn.Module):
+    """Domino: a GRU over the tokens' embeddings; its state and the slot's go through a small network.
+
+    Args:
+        hidden_size (`int`), vocab_size (`int`):
+            Of the drafter.
+        state_size (`int`), rank (`int`):
+            Of the GRU's state, and of the network's middle.
+        embed (`Callable`):
+            The target's embedding.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, state_size: int, rank: int, embed: Callable):
+        super().__init__()
+        self.state_size, self.embed = state_size, [embed]  # in a list: not a part of this module
+        self.cell = nn.GRUCell(hidden_size, state_size, bias=False)
+        self.mix = nn.Linear(hidden_size + state_size, rank, bias=False)
+        self.output = nn.Linear(rank, vocab_size, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def step(self, state: torch.Tensor, previous_ids: torch.Tensor, normed: torch.Tensor):
+        """Read a token; return the next state and what to add to the logits of the slot behind it."""
+        state = self.cell(self.embed[0](previous_ids), state)
+        return state, self.output(F.silu(self.mix(torch.cat([normed, state], dim=-1))))
+
+
+class RecurrentMarkovHead(nn.Module):
+    """DSpark's `rnn`: gate, candidate and output from the state, the previous token's vector and the slot's state."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int):
+        super().__init__()
+        self.state_size = rank
+        self.previous = nn.Embedding(vocab_size, rank)
+        nn.init.normal_(self.previous.weight, std=0.02)
+        self.joint = nn.Linear(2 * rank + hidden_size, 3 * rank)
+        self.output = nn.Linear(rank, vocab_size, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def step(self, state: torch.Tensor, previous_ids: torch.Tensor, normed: torch.Tensor):
+        """Read a token; see [`DominoHead`]."""
+        joint = self.joint(torch.cat([state, self.previous(previous_ids), normed], dim=-1))
+        gate, candidate, output = joint.chunk(3, dim=-1)
+        gate = gate.sigmoid()
+        return gate * state + (1 - gate) * candidate.tanh(), self.output(output.tanh())
+
+
+def added_along(head: nn.Module, previous_ids: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+    """Return what a head adds along known texts, `(blocks, depth, vocab)`, from `(blocks, depth)` previous tokens."""
+    state = normed.new_zeros(len(normed), head.state_size)
+    added = []
+    for depth in range(normed.shape[1]):
+        state, own = head.step(state, previous_ids[:, depth], normed[:, depth])
+        added.append(own)
+    return torch.stack(added, dim=1)
+
+
+class PathRows:
+    """The rows of a head with a state, each computed exactly when a tree reaches its node.
+
+    Args:
+        head (`nn.Module`):
+            With `step`.
+        normed (`torch.Tensor` of shape `(batch, depth, hidden_size)`), marginals (`(batch, depth, vocab)`):
+            The block's states and logits.
+        anchor_ids (`torch.LongTensor` of shape `(batch,)`):
+            Newest committed tokens.
+        branching (`int`), temperature (`float`):
+            Of the draft.
+    """
+
+    def __init__(self, head, normed, marginals, anchor_ids, branching: int, temperature: float):
+        self.head, self.normed, self.marginals = head, normed, marginals
+        self.branching, self.temperature = branching, temperature
+        # By text and number of a row: the state before its token, and the token.
+        start = normed.new_zeros(1, head.state_size)
+        self.nodes = [[(start, anchor)] for anchor in anchor_ids.tolist()]
+        self.known: dict[tuple[int, int, int], NextTokens] = {}
+
+    def rows(self) -> "PathRows":
+        """Return itself."""
+        return self
+
+    def device_tables(self) -> None:
+        """Return None: there are no tables."""
+
+    def compute_guessed(self) -> list[int]:
+        """Return no text: nothing is ever guessed."""
+        return []
+
+    @torch.no_grad()
+    def read(self, text: int, depth: int, row: int) -> NextTokens:
+        """Return a node's row, with a new row for each of its children."""
+        key = text, depth, row
+        if key not in self.known:
+            state, token = self.nodes[text][row]
+            state, added = self.head.step(state, torch.tensor([token]), self.normed[text, depth][None])
+            log_probs = ((self.marginals[text, depth] + added[0]) / self.temperature).log_softmax(-1)
+            best = log_probs.topk(self.branching)
+            tokens, first = best.indices.tolist(), len(self.nodes[text])
+            is_last = depth == self.normed.shape[1] - 1
+            self.nodes[text] += [(state, token) for token in tokens]
+            rows = dict.fromkeys(tokens, -1) if is_last else {token: first + i for i, token in enumerate(tokens)}
+            self.known[key] = NextTokens(tokens, best.values.tolist(), rows)
+        return self.known[key]
+
+
+@torch.no_grad()
+def draft_along_paths(drafter, head, anchor_ids, context, embed, lm_head, *, knobs, position_ids, cache, **kwargs):
+    """Draft as [`TreeFlashDraftModel.draft`] does, with a head of this file."""
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("draw_noise", "on_demand")}
+    attention_mask = kwargs.pop("attention_mask", None)
+    masks = anchor_ids.new_full((len(anchor_ids), drafter.config.block_size - 1), drafter.config.mask_token_id)
+    noise = embed(torch.cat([anchor_ids[:, None], masks], dim=1))
+    hidden = drafter.backbone(noise, context, position_ids, attention_mask, cache, **kwargs)
+    normed = drafter.norm(hidden[:, drafter.config.first_slot :])
+    return PathRows(head, normed, lm_head(normed), anchor_ids, knobs.branching, knobs.draft_temperature)
+
+
+def drafting_along_paths(drafter, head):
+    """Let a drafter without a head draft with one of this file."""
+    drafter.draft = functools.partial(draft_along_paths, drafter, head)
+    return drafter
