@@ -8,6 +8,8 @@ from .generation import install_hook, remove_hook
 from .memory import forget
 from .modeling_treeflash import TreeFlashDraftModel
 
+__version__ = "0.1.0"
+
 AutoConfig.register("treeflash", TreeFlashConfig, exist_ok=True)
 AutoModel.register(TreeFlashConfig, TreeFlashDraftModel, exist_ok=True)
 install_hook()
@@ -23,6 +25,11 @@ def __getattr__(name: str):
 
         return check
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, and what every module has."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 __all__ = [
