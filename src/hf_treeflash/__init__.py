@@ -24,6 +24,10 @@ def __getattr__(name: str):
         from .bench.check import check
 
         return check
+    if name == "trace":
+        from .tracing import trace
+
+        return trace
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -41,4 +45,5 @@ __all__ = [
     "forget",
     "install_hook",
     "remove_hook",
+    "trace",
 ]
