@@ -42,6 +42,7 @@ REACH = {
     "recurrent": {"", "kernels"},
     "static": {"", "kernels"},
     "bench": {""},
+    "tracing": {"", "bench"},
     "training": {"", "bench"},
     "hub": {"", "bench"},
     "cli": {"", "bench", "hub", "training"},
@@ -184,7 +185,7 @@ def test_optional_libraries_load_when_used():
         "import json; print(json.dumps([m for m in sys.modules if m.startswith('hf_treeflash.')]))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    outer = {f"hf_treeflash.{name}" for name in ("training", "hub", "bench", "cli", "static", "recurrent")}
+    outer = {f"hf_treeflash.{name}" for name in ("training", "hub", "bench", "cli", "static", "recurrent", "tracing")}
     assert not outer & set(json.loads(loaded))
 
 

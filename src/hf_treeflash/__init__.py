@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .hub import export_drafter
     from .memory import forget
     from .modeling_treeflash import TreeFlashDraftModel
+    from .tracing import trace
+
+__version__ = "0.1.0"
 
 
 def _register() -> None:
@@ -40,10 +43,19 @@ def __getattr__(name: str):
         from .bench.check import check
 
         return check
+    if name == "trace":
+        from .tracing import trace
+
+        return trace
     if name in __all__ and name not in globals():
         _register()
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, and what every module has."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 __all__ = [
@@ -55,6 +67,7 @@ __all__ = [
     "forget",
     "install_hook",
     "remove_hook",
+    "trace",
 ]
 
 # Where Python was started for the command line (as `hf-treeflash`, or by -m, which stands there while this is found),

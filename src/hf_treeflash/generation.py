@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+from collections.abc import Callable
+from contextvars import ContextVar
 
 from transformers import GenerationMixin
 from transformers.generation import GenerationMode
@@ -20,6 +22,9 @@ HOOKED = (
     (GenerationMixin, "_validate_generation_mode"),
     (pipelines, "load_assistant_model"),
 )
+
+# What decodes a call with a drafter. `hf_treeflash.trace` puts a loop there that writes its rounds down.
+DECODING: ContextVar[Callable[..., TreeDecoding]] = ContextVar("decoding", default=TreeDecoding)
 
 
 def tree_decoding(
@@ -54,11 +59,12 @@ def tree_decoding(
     }
     if (why := meets_switch(target, input_ids, generation_config, model_kwargs)) is not None:
         return plain_decoding(target, why, **call)
-    decoding = TreeDecoding
+    decoding = DECODING.get()
     if getattr(generation_config, "_treeflash_static", False):
         if getattr(model_kwargs[CACHE], "_is_user_defined", False):
             raise ValueError(f"`cache_implementation='static'` makes its own cache; leave out `{CACHE}`.")
-        decoding = static_decoding()
+        if decoding is TreeDecoding:
+            decoding = static_decoding()
     try:
         return decoding(target, assistant_model, **call).run()
     except NoCache as error:
@@ -139,4 +145,4 @@ def remove_hook() -> None:
         setattr(owner, name, getattr(method, "_before_treeflash", method))
 
 
-__all__ = ["install_hook", "remove_hook", "tree_decoding"]
+__all__ = ["DECODING", "install_hook", "remove_hook", "tree_decoding"]
