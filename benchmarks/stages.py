@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from transformers.utils import logging
 
-from hf_treeflash import candidate_generator, decoding, draft_head, modeling_treeflash, transitions
+from hf_treeflash import candidate_generator, decoding, draft_head, modeling_treeflash, noise, transitions
 from hf_treeflash.bench.compare import environment
 from hf_treeflash.bench.measuring import Stopwatch
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
@@ -34,6 +34,9 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
         (loop, "verify", "tree mask and inputs"),
         (loop, "walk", "walk"),
         (loop, "commit", "commit"),
+        (loop, "draw_noise", "noise of the draws"),
+        (noise.Noise, "ahead", "noise of the draws"),
+        (noise.Noise, "use", "noise of the draws"),
         (generator, "draft_tree", "context cache"),
         (candidate_generator, "build_tree", "tree build"),
         (modeling_treeflash, "top_log_probs", "top-k and log-sum-exp"),
@@ -71,15 +74,17 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
         yield
 
 
-def measure(target, drafter, prompts: list[torch.Tensor], max_new_tokens: int) -> dict:
-    """Decode greedily and return the median of every stage over all rounds, and the share outside the models."""
+def measure(target, drafter, prompts: list[torch.Tensor], max_new_tokens: int, temperature: float = 0.0) -> dict:
+    """Decode and return the median of every stage over all rounds, and the share outside the models."""
     watch = Stopwatch(target.device)
+
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
     def decode(prompt: torch.Tensor):
         prompt = prompt.to(target.device)
         mask = torch.ones_like(prompt)
         target.generate(
-            prompt, attention_mask=mask, assistant_model=drafter, max_new_tokens=max_new_tokens, do_sample=False
+            prompt, attention_mask=mask, assistant_model=drafter, max_new_tokens=max_new_tokens, **sampling
         )
 
     decode(prompts[0])  # warm-up
@@ -94,6 +99,7 @@ def measure(target, drafter, prompts: list[torch.Tensor], max_new_tokens: int) -
         "rounds": len(totals),
         "round_ms": statistics.median(totals),
         "stages_ms": medians,
+        "temperature": temperature,
         # Of the medians: an interruption of one stage by another process is not the method's.
         "share_outside_models": outside / sum(medians.values()),
         "knobs": {name: getattr(drafter.generation_config, name) for name in ("tree_budget", "num_candidates")},
@@ -109,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tree-budget", type=int)
     parser.add_argument("--num-candidates", type=int)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--json", type=Path)
@@ -120,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             setattr(drafter.generation_config, knob, getattr(args, knob))
     listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
     prompts = [encode_prompt(tokenizer, entry["prompt"]) for entry in listed]
-    result = measure(target, drafter, prompts, args.max_new_tokens)
+    result = measure(target, drafter, prompts, args.max_new_tokens, args.temperature)
     for name, median in result["stages_ms"].items():
         if not median:
             continue  # a drafter without a head
