@@ -253,7 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "target")
-    target = AutoModelForCausalLM.from_pretrained(EMBEDDED / "target", dtype=torch.float32).eval().requires_grad_(False)
+    target = (
+        AutoModelForCausalLM.from_pretrained(EMBEDDED / "target", dtype=torch.float32).eval().requires_grad_(False)
+    )
     embedded = TreeFlashDraftModel.from_pretrained(EMBEDDED / "drafter", dtype=torch.float32).eval()
     backbone = without_head(embedded.requires_grad_(False))
     files, held_out = standard_library()
