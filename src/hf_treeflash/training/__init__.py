@@ -3,6 +3,7 @@
 from .arguments import TreeFlashTrainingArguments
 from .collator import AnchorCollator
 from .data import chat_prompts, text_prompts, text_samples
+from .draft_vocabulary import frequent_tokens, response_tokens
 from .metrics import measure_block_efficiency
 from .responses import load_samples, regenerate
 from .trainer import TreeFlashTrainer
@@ -12,9 +13,11 @@ __all__ = [
     "TreeFlashTrainer",
     "TreeFlashTrainingArguments",
     "chat_prompts",
+    "frequent_tokens",
     "load_samples",
     "measure_block_efficiency",
     "regenerate",
+    "response_tokens",
     "text_prompts",
     "text_samples",
 ]
