@@ -15,7 +15,7 @@ from .ar_head import ARHead, by_slot
 from .backbone import RMSNorm, TreeFlashDecoderLayer, layer_masks
 from .compat import CACHE
 from .configuration_treeflash import TreeFlashConfig
-from .draft_head import narrowed
+from .draft_vocabulary import kept_tokens, offsets
 from .knobs import DEFAULT_KNOBS, KNOB_DEFAULTS, DraftingKnobs
 from .layouts import TARGETS_TENSORS
 from .rotary import rotary_embedding, rotations
@@ -79,7 +79,8 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         self.rotary_emb = rotary_embedding(config)
         self.ar_head = ARHead(config) if config.ar_head is not None else None
         if config.draft_vocab_size is not None:
-            self.draft_lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            if not config.tie_draft_head:
+                self.draft_lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.gradient_checkpointing = False
         self.generation_config = GenerationConfig(**KNOB_DEFAULTS)
@@ -158,7 +159,29 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
     def target_ids(self, columns: torch.Tensor) -> torch.Tensor:
         """Return the target's tokens behind columns of the output layer; the same unless the vocabulary is reduced."""
-        return columns if self.config.draft_vocab_size is None else columns + self.d2t[columns]
+        return columns if self.config.draft_vocab_size is None else columns + self.d2t.to(columns.device)[columns]
+
+    def set_draft_vocabulary(self, token_ids: torch.Tensor | None) -> None:
+        """Draft only some of the target's tokens, which costs a fraction of two passes over its output layer.
+
+        The text stays the target's; tokens that are left out are never drafted. The choice is saved with the drafter.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`, *optional*):
+                The tokens, such as [`~training.frequent_tokens`] of the target's responses. None: all tokens again.
+
+        Raises:
+            ValueError: If the drafter has an output layer of its own, or the tokens are no vocabulary.
+        """
+        if hasattr(self, "draft_lm_head"):
+            raise ValueError(
+                f"This drafter was trained with an output layer of its own for {self.config.draft_vocab_size} tokens; "
+                "it cannot draft others."
+            )
+        d2t = None if token_ids is None else offsets(token_ids, self.config.vocab_size).to(self.device)
+        self.register_buffer("d2t", d2t)
+        self.config.draft_vocab_size = None if d2t is None else len(d2t)
+        self.config.tie_draft_head = d2t is not None
 
     @torch.no_grad()
     def draft(
@@ -184,11 +207,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             context_hidden_states (`torch.Tensor` of shape `(batch, context, taps * hidden_size)`):
                 See `forward`, like `position_ids`, `attention_mask` and `cache`.
             embed, lm_head (`Callable`):
-                The target's input embedding and output layer; the drafter's own `draft_lm_head` where it has one.
+                The target's input embedding, and the output layer of the tokens that may be drafted ([`DraftHead`]).
             knobs ([`DraftingKnobs`], *optional*):
-                How many candidates and next tokens to consider, and how. With `draft_vocab` only the union of every
-                slot's own `draft_vocab` most likely tokens is scored after each candidate, and probabilities are
-                shares of these; `lm_head` then takes the tokens to score as a second argument.
+                How many candidates and next tokens to consider, and how.
             draw_noise (`torch.FloatTensor` of shape `(batch, config.num_drafted, vocab)`, *optional*):
                 What the target's draw of each token will add to its logits: Gumbel noise times the temperature of the
                 call. Candidates and next tokens are ranked by `(logits + draw_noise) / draft_temperature`.
@@ -205,7 +226,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         """
         temperature, branching = knobs.draft_temperature, knobs.branching
         if draw_noise is not None and self.config.draft_vocab_size is not None:
-            draw_noise = draw_noise[..., self.target_ids(torch.arange(len(self.d2t), device=self.d2t.device))]
+            draw_noise = draw_noise[..., kept_tokens(self.d2t).to(draw_noise.device)]
         masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))  # (batch, slots, hidden_size)
         hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs)
@@ -215,22 +236,20 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             marginal = Transitions.marginal(lm_head(normed), branching, temperature, draw_noise)
             return marginal._replace(token_ids=self.target_ids(marginal.token_ids))
 
-        # The last slot precedes nothing, so it needs no shortlist; a narrowed vocabulary also asks for its own tokens.
+        # The last slot precedes nothing, so it needs no shortlist.
         links = hidden.shape[1] - 1
-        marginals = lm_head(normed[:, :links] if knobs.draft_vocab is None else normed)  # (batch, links, vocab)
+        marginals = lm_head(normed[:, :links])  # (batch, links, vocab)
         if draw_noise is not None:
-            marginals = marginals + draw_noise[:, : marginals.shape[1]]
-        shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], knobs.num_candidates, temperature)
+            marginals = marginals + draw_noise[:, :links]
+        shortlist, shortlist_log_probs = top_log_probs(marginals, knobs.num_candidates, temperature)
         shortlist = self.target_ids(shortlist)  # (batch, links, candidates)
-        row_head, vocabulary = narrowed(lm_head, marginals, knobs.draft_vocab)
-        if draw_noise is not None:
-            draw_noise = draw_noise if vocabulary is None else draw_noise[..., vocabulary]
-            draw_noise = draw_noise if on_demand is None else draw_noise.flatten(0, 1)[None]  # see `HeadRows`
+        if draw_noise is not None and on_demand is not None:
+            draw_noise = draw_noise.flatten(0, 1)[None]  # see `HeadRows`
 
         def score(hidden: torch.Tensor, normed: torch.Tensor, previous_embeds: torch.Tensor, slots: torch.Tensor):
             corrected = self.correct(hidden, normed, previous_embeds, slots)
-            token_ids, log_probs = top_log_probs(row_head(corrected), branching, temperature, draw_noise, slots)
-            return self.target_ids(token_ids if vocabulary is None else vocabulary[token_ids]), log_probs
+            token_ids, log_probs = top_log_probs(lm_head(corrected), branching, temperature, draw_noise, slots)
+            return self.target_ids(token_ids), log_probs
 
         if on_demand is not None:
             rows = HeadRows(score, embed, (hidden, normed), anchor_ids, shortlist, shortlist_log_probs)
