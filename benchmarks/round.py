@@ -22,11 +22,10 @@ from unittest import mock
 import torch
 from device_profile import device_events, own_kernels, summarised
 from round_arms import Eager, Reference, Setting, Vanilla
+from shapes import SHAPES, random_pair
 from static_arms import Compiled, Graphed, GraphedVanilla, Static
-from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.utils import logging
 
-from hf_treeflash import TreeFlashConfig, TreeFlashDraftModel
 from hf_treeflash.bench.compare import environment
 from hf_treeflash.bench.measuring import Stopwatch, columns, host_milliseconds, in_turn, spread, synchronize
 from hf_treeflash.bench.pairs import with_knobs
@@ -35,25 +34,11 @@ ARMS = {"vanilla": Vanilla, "eager": Eager, "reference": Reference, "static": St
 # Compiled for minutes and recorded as CUDA graphs.
 CUDA_ARMS = {"graphed vanilla": GraphedVanilla, "compiled": Compiled, "graphed": Graphed}
 STAGES = ("draft", "heads", "build", "verify", "walk", "commit")
-QWEN3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-PRESETS = {
-    "qwen3-4b": QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
-    "qwen3-8b": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
-    "tiny": {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    },
-}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="qwen3-4b")
+    parser.add_argument("--preset", choices=SHAPES, default="qwen3-4b")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--num-candidates", type=int, default=16)
@@ -71,18 +56,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.arms is None:
         args.arms = list(ARMS if torch.device(args.device).type == "cpu" else ARMS | CUDA_ARMS)
     return args
-
-
-def random_pair(preset: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return an untrained target and drafter of a preset's shape."""
-    shape = {"vocab_size": 151936, "max_position_embeddings": 40960, **PRESETS[preset]}
-    layers = shape["num_hidden_layers"]
-    draft_shape = {**shape, "num_hidden_layers": min(5, layers // 3), "tie_word_embeddings": False}
-    with device:
-        target = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=dtype)
-        config = TreeFlashConfig(**draft_shape, num_target_layers=layers, ar_head="swiglu", mask_token_id=3)
-        drafter = TreeFlashDraftModel._from_config(config, dtype=dtype)
-    return target.eval(), drafter.eval()
 
 
 def split(arm, device: torch.device, repeats: int) -> dict[str, dict[str, Any] | None]:

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from .backbone import RMSNorm
 from .configuration_treeflash import TreeFlashConfig
-from .draft_head import narrowed
 from .knobs import DraftingKnobs
 from .transitions import top_log_probs
 
@@ -103,22 +102,20 @@ class ARHead(nn.Module):
             norm (`nn.Module`), lm_head (`Callable`):
                 The drafter's final norm, and the output layer.
             knobs ([`DraftingKnobs`]):
-                With `draft_vocab` only likely tokens are scored.
+                `branching` and `draft_temperature`.
 
         Returns:
             `tuple`: Tensors `(batch, depth, ...)`, and the function that takes them.
         """
-        row_head, vocabulary = narrowed(lm_head, slots.marginals, knobs.draft_vocab)
         states = [slots.hidden, slots.normed]
         if slots.draw_noise is not None:
-            states.append(slots.draw_noise if vocabulary is None else slots.draw_noise[..., vocabulary])
+            states.append(slots.draw_noise)
 
         def score(hidden, normed, *others):
             *noise, previous_embeds, rows = others
-            logits = row_head(self.states(norm, hidden, normed, previous_embeds, rows))  # (batch, rows, columns)
+            logits = lm_head(self.states(norm, hidden, normed, previous_embeds, rows))  # (batch, rows, columns)
             own = noise[0] if noise else None
-            columns, log_probs = top_log_probs(logits, knobs.branching, knobs.draft_temperature, own, rows)
-            return columns if vocabulary is None else vocabulary[columns], log_probs
+            return top_log_probs(logits, knobs.branching, knobs.draft_temperature, own, rows)
 
         return tuple(states), score
 

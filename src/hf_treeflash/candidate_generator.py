@@ -60,7 +60,9 @@ class TreeFlashCandidateGenerator:
         own_head = getattr(assistant_model, "draft_lm_head", None)  # of a reduced vocabulary
         lm_head = main_model_output_embeddings if own_head is None else own_head
         check_head(lm_head, self.knobs)
-        self.draft_head = DraftHead(lm_head, self.knobs.draft_lm_head, output_scale)
+        # A drafter may keep tokens of the target alone, and take the rows of the target's layer.
+        d2t = getattr(assistant_model, "d2t", None) if own_head is None else None
+        self.draft_head = DraftHead(lm_head, self.knobs.draft_lm_head, output_scale, d2t)
         self.prefix = PrefixCache(DynamicCache(config=assistant_model.config))
         self.prefix.cache.activate_past_recording()
         config = assistant_model.config

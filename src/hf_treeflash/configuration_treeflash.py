@@ -80,7 +80,9 @@ class TreeFlashConfig(PreTrainedConfig):
         output_multiplier (`float`, *optional*), final_logit_softcapping (`float`, *optional*):
             Logits are `cap * tanh(multiplier * W z / cap)`; each is the target's own by default.
         draft_vocab_size (`int`, *optional*):
-            Tokens of a reduced vocabulary, for which the drafter holds an output layer of its own.
+            Tokens of a reduced vocabulary, the only ones that are drafted; the drafter keeps which they are (`d2t`).
+        tie_draft_head (`bool`, *optional*, defaults to `False`):
+            Whether their output layer is made of the target's rows; if not, the drafter holds one of its own.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*):
             Special tokens of the target, which pipelines compare before they pair two models.
         ar_head (`str`, *optional*):
@@ -128,6 +130,7 @@ class TreeFlashConfig(PreTrainedConfig):
     output_multiplier: float | int | None = None
     final_logit_softcapping: float | int | None = None
     draft_vocab_size: int | None = None
+    tie_draft_head: bool = False
     ar_head: str | None = None
     head_rank: int = 256
     head_gated: bool = False

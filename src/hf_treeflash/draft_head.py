@@ -6,17 +6,18 @@ rank the nodes of the tree, and every emitted token is still the target's own ch
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
+from .draft_vocabulary import kept_rows, kept_tokens, shows_rows
 from .float8 import float8_copy
 from .knobs import DraftingKnobs
 
-Head = Callable[..., torch.Tensor]
+logger = logging.get_logger(__name__)
 
 
 class OutputScale(NamedTuple):
@@ -60,101 +61,52 @@ class DraftHead:
             `"float8"` multiplies with a copy of the weight in eight bits; None calls the layer itself.
         scale ([`OutputScale`], *optional*):
             What is done to its products; nothing by default.
+        d2t (`torch.LongTensor` of shape `(draft_vocab_size,)`, *optional*):
+            Score these of its tokens only, see [`kept_tokens`]. A layer that does not show its rows scores them all.
     """
 
-    def __init__(self, lm_head: Any, precision: str | None = None, scale: OutputScale | None = None):
+    def __init__(
+        self,
+        lm_head: Any,
+        precision: str | None = None,
+        scale: OutputScale | None = None,
+        d2t: torch.Tensor | None = None,
+    ):
+        self.device, self.columns = home_of(lm_head), None
+        if d2t is not None and (found := shows_rows(lm_head)) is None:
+            lm_head = kept_rows(lm_head, d2t)
+        elif d2t is not None:
+            self.columns = kept_tokens(d2t).to(self.device)
+            logger.warning_once(f"A draft vocabulary spares nothing on this target: its output layer is {found}.")
         self.lm_head, self.scale = lm_head, scale or OutputScale()
         self.float8 = float8_copy(lm_head) if precision == "float8" else None
         # Looked up once: each look-up costs as much as a small tensor operation.
         weight = any_tensor(lm_head)
-        self.device = home_of(lm_head)
         # A quantised weight says nothing of the dtype its layer takes.
         self.dtype = weight.dtype if weight.is_floating_point() else None
 
-    def __call__(self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., hidden_size)`):
                 Normed states of the drafter.
-            token_ids (`torch.LongTensor` of shape `(tokens,)`, *optional*):
-                Score these tokens only; all by default.
 
         Returns:
             `torch.Tensor` of shape `(..., tokens)`.
         """
-        return self.scale(self._products(hidden_states, token_ids))
+        return self.scale(self._products(hidden_states.to(self.device, self.dtype)))
 
-    def _products(self, hidden_states: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
-        hidden_states = hidden_states.to(self.device, self.dtype)
-        if self.float8 is not None:
-            logits = (self.float8 if token_ids is None else self.float8.select(token_ids)).product(hidden_states)
-        elif token_ids is None:
-            return self.lm_head(hidden_states)
-        else:
-            logits = F.linear(hidden_states, self.lm_head.weight.index_select(0, token_ids))
-        bias = self.lm_head.bias
-        if bias is None:
-            return logits
-        return logits + (bias if token_ids is None else bias.index_select(0, token_ids)).to(logits.dtype)
-
-
-def narrowed(lm_head: Head, logits: torch.Tensor, per_slot: int | None) -> tuple[Head, torch.Tensor | None]:
-    """Return the output layer over the tokens that some slot finds likely, and which these tokens are.
-
-    A token that is likely after some shortlisted token is, by the law of total probability, likely on its slot's own
-    account, so the corrected rows hardly miss the others. What they lose is the normaliser: probabilities are shares
-    of these tokens alone.
-
-    Args:
-        lm_head (`Callable`):
-            Takes states and, optionally, the tokens to score.
-        logits (`torch.Tensor` of shape `(batch, slots, vocab)`):
-            Of the slots before any correction.
-        per_slot (`int`, *optional*):
-            How many tokens each slot contributes. None: the layer as it is.
-
-    Returns:
-        `tuple`: the layer, and the token behind each of its columns, int64 of shape `(columns,)`; None for all tokens.
-    """
-    if per_slot is None:
-        return lm_head, None
-    token_ids, used = union_of_likely(logits, per_slot)
-
-    def score(hidden_states: torch.Tensor) -> torch.Tensor:
-        return lm_head(hidden_states, token_ids).masked_fill(~used, float("-inf"))
-
-    return score, token_ids
-
-
-def union_of_likely(logits: torch.Tensor, per_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the union of every slot's `per_slot` most likely tokens, in ascending order.
-
-    Its shape does not depend on how many they are, which spares the host a look at the device: unused places hold
-    token 0 and are marked.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, slots, vocab)`):
-            Of the slots.
-        per_slot (`int`):
-            How many tokens each contributes.
-
-    Returns:
-        `tuple`: token ids and which places are used, of shape `(places,)`; the places are a multiple of 16, as float8
-        matrix units want their columns.
-    """
-    vocab = logits.shape[-1]
-    likely = logits.topk(min(per_slot, vocab), dim=-1).indices.flatten().sort().values
-    is_new = F.pad(likely[1:] != likely[:-1], (1, 0), value=True)
-    place = is_new.cumsum(0) - 1
-    places = -(-min(len(likely), vocab) // 16) * 16
-    # Equal tokens share a place, so it does not matter which of them is written last.
-    token_ids = likely.new_zeros(places).scatter_(0, place, likely)
-    return token_ids, torch.arange(places, device=likely.device) <= place[-1]
+    def _products(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.float8 is None:
+            logits = self.lm_head(hidden_states)
+            return logits if self.columns is None else logits.index_select(-1, self.columns)
+        logits, bias = self.float8.product(hidden_states), self.lm_head.bias
+        return logits if bias is None else logits + bias.to(logits.dtype)
 
 
 def check_head(lm_head: Any, knobs: DraftingKnobs) -> None:
-    """Refuse knobs that need the rows of the target's output layer where it does not show them.
+    """Refuse an eight-bit copy of an output layer that does not show its rows.
 
     Args:
         lm_head (`nn.Module`):
@@ -165,23 +117,12 @@ def check_head(lm_head: Any, knobs: DraftingKnobs) -> None:
     Raises:
         ValueError: Naming the knob and what the layer is.
     """
-    asked = [name for name in ("draft_lm_head", "draft_vocab") if getattr(knobs, name) is not None]
-    if not asked:
-        return
-    if type(lm_head) is not nn.Linear:
-        found = f"a {type(lm_head).__name__} (quantised, adapted or its own kind of layer)"
-    elif not lm_head.weight.is_floating_point() or lm_head.weight.element_size() < 2:
-        found = f"a layer of {str(lm_head.weight.dtype).removeprefix('torch.')} weights"
-    elif hasattr(lm_head.weight, "device_mesh"):
-        found = "a layer split over devices by tensor parallelism"
-    elif lm_head.weight.is_meta:
-        found = "a layer whose weights are offloaded"
-    else:
-        return
-    raise ValueError(
-        f"`{asked[0]}` drafts with single rows of the target's output layer, so that must be a plain `nn.Linear` with "
-        f"16-bit or 32-bit floating-point weights; this target has {found}. Set `{asked[0]}` to None."
-    )
+    found = None if knobs.draft_lm_head is None else shows_rows(lm_head)
+    if found is not None:
+        raise ValueError(
+            "`draft_lm_head` drafts with a copy of the target's output layer, so that must be a plain `nn.Linear` "
+            f"with 16-bit or 32-bit floating-point weights; this target has {found}. Set `draft_lm_head` to None."
+        )
 
 
 class ScaledRows(nn.Module):
@@ -235,4 +176,4 @@ def home_of(module: nn.Module) -> torch.device:
     return any_tensor(module).device if execution_device is None else torch.device(execution_device)
 
 
-__all__ = ["DraftHead", "OutputScale", "check_head", "draft_embedding", "home_of", "narrowed"]
+__all__ = ["DraftHead", "OutputScale", "any_tensor", "check_head", "draft_embedding", "home_of"]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .memory import recall, remember
+from .memory import recall, remember, stamp
 
 
 class Float8Rows:
@@ -20,12 +20,6 @@ class Float8Rows:
 
     def __init__(self, rows: torch.Tensor, scales: torch.Tensor):
         self.rows, self.scales = rows, scales
-
-    def select(self, token_ids: torch.Tensor) -> "Float8Rows":
-        """Return some of the rows, `token_ids` of shape `(tokens,)`."""
-        # As bytes: not every device gathers float8.
-        rows = self.rows.view(torch.uint8).index_select(0, token_ids).view(self.rows.dtype)
-        return Float8Rows(rows, self.scales.index_select(0, token_ids))
 
     def product(self, states: torch.Tensor) -> torch.Tensor:
         """Return `states @ rows.T` in bfloat16, the states rounded to float8 row by row as well.
@@ -71,12 +65,14 @@ def to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def float8_copy(lm_head: nn.Module) -> Float8Rows:
     """Return the layer's float8 copy; a weight that was moved or written to since gets a new one."""
     weight: Any = lm_head.weight
-    state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+    state = stamp(weight)
     made_from, copy = recall("float8", lm_head) or (None, None)
     if copy is None or made_from != state:
         # A few rows at a time: a whole layer in float32 takes gigabytes.
         rows, scales = zip(*map(to_float8, weight.split(8192)), strict=True)
-        joined = torch.cat([part.view(torch.uint8) for part in rows]).view(rows[0].dtype)  # bytes: see `select`
+        joined = torch.cat([part.view(torch.uint8) for part in rows]).view(
+            rows[0].dtype
+        )  # as bytes: not every device joins float8
         copy = Float8Rows(joined, torch.cat(scales))
         remember("float8", (state, copy), lm_head)
     return copy

@@ -12,7 +12,6 @@ INTEGERS = {
     "num_candidates": (1, 1024),
     "branching": (1, 1024),
     "draft_window": (1, 2**31),
-    "draft_vocab": (1, 2**24),
 }
 TEMPERATURES = (1e-3, 1e3)
 
@@ -35,8 +34,6 @@ class DraftingKnobs(NamedTuple):
             Committed tokens the drafter looks back on; None: all.
         draft_lm_head (`str`, *optional*):
             `"float8"`: draft with an eight-bit copy of the target's output layer.
-        draft_vocab (`int`, *optional*):
-            Likely tokens of each slot that may follow a candidate; None: the whole vocabulary.
         is_auto (`bool`):
             Whether the budget is chosen from round to round; no setting of its own.
     """
@@ -47,7 +44,6 @@ class DraftingKnobs(NamedTuple):
     draft_temperature: float = 1.0
     draft_window: int | None = None
     draft_lm_head: str | None = None
-    draft_vocab: int | None = None
     is_auto: bool = False
 
     @classmethod
@@ -64,7 +60,9 @@ class DraftingKnobs(NamedTuple):
             ValueError: Naming the knob.
         """
         known = set(vars(GenerationConfig())) | set(KNOB_DEFAULTS)
-        unknown = [name for name in vars(generation_config) if name not in known and not name.startswith("_")]
+        # What is None says nothing: earlier versions may have stored it.
+        own = [name for name, value in vars(generation_config).items() if value is not None]
+        unknown = [name for name in own if name not in known and not name.startswith("_")]
         given = {} if of_call is None else vars(of_call)
         # A call's config may hold what others read; what looks like a knob is meant as one.
         unknown += [name for name in given if name not in known and get_close_matches(name, KNOB_DEFAULTS, cutoff=0.8)]

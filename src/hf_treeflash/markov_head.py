@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from .ar_head import Score, Slots, by_slot
 from .configuration_treeflash import TreeFlashConfig
-from .draft_head import union_of_likely
 from .knobs import DraftingKnobs
 from .transitions import top_log_probs
 
@@ -68,17 +67,12 @@ class MarkovHead(nn.Module):
     ) -> tuple[tuple[torch.Tensor, ...], Score]:
         """Return the slots' tensors that rows are scored with, and what scores them."""
         base, home = slots.marginals.float(), slots.marginals.device
-        vocabulary, weight = None, self.following.weight
-        if knobs.draft_vocab is not None:
-            vocabulary, used = union_of_likely(base, knobs.draft_vocab)
-            base = base.index_select(-1, vocabulary).masked_fill(~used, float("-inf"))
-            weight = self.following(vocabulary.to(weight.device))
 
         def score(normed, base, vectors, rows):
-            products = F.linear(self.code(vectors, by_slot(normed, rows)), weight)  # (batch, rows, columns)
+            code = self.code(vectors, by_slot(normed, rows))
+            products = F.linear(code, self.following.weight)  # (batch, rows, columns)
             columns, log_probs = top_log_probs(products, knobs.branching, knobs.draft_temperature, base, rows)
-            columns, log_probs = columns.to(home), log_probs.to(home)
-            return columns if vocabulary is None else vocabulary[columns], log_probs
+            return columns.to(home), log_probs.to(home)
 
         return (slots.normed, base.to(slots.normed.device)), score
 

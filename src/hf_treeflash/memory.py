@@ -34,6 +34,12 @@ def recall(what: str, *owners: Any) -> Any:
     return value
 
 
+def stamp(tensor: torch.Tensor) -> tuple:
+    """Return what tells a tensor from what it was before it was moved, cast or written to in place."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
 def take(what: str, *owners: Any) -> Any:
     """Return what is kept for these owners, or None, and keep it no longer."""
     value, _ = _kept.pop((what, *map(id, owners)), (None, None))
@@ -43,7 +49,7 @@ def take(what: str, *owners: Any) -> Any:
 def forget(owner: Any, what: str | None = None) -> None:
     """Drop what calls have kept for a drafter, a target or a cache.
 
-    That is: static caches with compiled models and CUDA graphs, the eight-bit copy of an output layer, what
+    That is: static caches with compiled models and CUDA graphs, copies of an output layer for drafts, what
     `tree_budget="auto"` has learnt, and what a drafter has read of a conversation. Later calls start afresh; texts are
     the same. All of it goes by itself with the model or the cache it is for.
 
@@ -66,4 +72,4 @@ def circumstances(model: Any) -> tuple:
     return model.dtype, model.device, autocast, torch.is_inference_mode_enabled(), repr(model.config.to_dict())
 
 
-__all__ = ["circumstances", "forget", "recall", "remember", "take"]
+__all__ = ["circumstances", "forget", "recall", "remember", "stamp", "take"]

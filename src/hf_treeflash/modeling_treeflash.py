@@ -16,6 +16,7 @@ from .backbone import RMSNorm, TreeFlashDecoderLayer, layer_masks
 from .block_convolution import BlockConvolution
 from .compat import CACHE
 from .configuration_treeflash import TreeFlashConfig
+from .draft_vocabulary import kept_tokens, offsets
 from .knobs import DEFAULT_KNOBS, KNOB_DEFAULTS, DraftingKnobs
 from .layouts import PASSED_OVER
 from .markov_head import MarkovHead, SelectorHead
@@ -88,7 +89,8 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         self.rotary_emb = rotary_embedding(config)
         self.ar_head = None if config.ar_head is None else HEADS[config.ar_head](config)
         if config.draft_vocab_size is not None:
-            self.draft_lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+            if not config.tie_draft_head:
+                self.draft_lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.gradient_checkpointing = False
         self.generation_config = GenerationConfig(**KNOB_DEFAULTS)
@@ -168,7 +170,34 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
 
     def target_ids(self, columns: torch.Tensor) -> torch.Tensor:
         """Return the target's tokens behind columns of the output layer; the same unless the vocabulary is reduced."""
-        return columns if self.config.draft_vocab_size is None else columns + self.d2t[columns]
+        return columns if self.config.draft_vocab_size is None else columns + self.d2t.to(columns.device)[columns]
+
+    def set_draft_vocabulary(self, token_ids: torch.Tensor | None) -> None:
+        """Draft only some of the target's tokens, which costs a fraction of two passes over its output layer.
+
+        The text stays the target's; tokens that are left out are never drafted. The choice is saved with the drafter.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(draft_vocab_size,)`, *optional*):
+                The tokens, such as [`~training.frequent_tokens`] of the target's responses. None: all tokens again.
+
+        Raises:
+            ValueError: If the drafter has an output layer of its own, or the tokens are no vocabulary.
+        """
+        if hasattr(self, "draft_lm_head"):
+            raise ValueError(
+                f"This drafter was trained with an output layer of its own for {self.config.draft_vocab_size} tokens; "
+                "it cannot draft others."
+            )
+        d2t = None if token_ids is None else offsets(token_ids, self.config.vocab_size).to(self.device)
+        if hasattr(self.ar_head, "following"):
+            raise ValueError(
+                f"The head of this drafter (`ar_head={self.config.ar_head!r}`) has a vector of its own for each token "
+                "that it was trained to draft; it cannot draft others."
+            )
+        self.register_buffer("d2t", d2t)
+        self.config.draft_vocab_size = None if d2t is None else len(d2t)
+        self.config.tie_draft_head = d2t is not None
 
     @torch.no_grad()
     def draft(
@@ -194,11 +223,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             context_hidden_states (`torch.Tensor` of shape `(batch, context, taps * hidden_size)`):
                 See `forward`, like `position_ids`, `attention_mask` and `cache`.
             embed, lm_head (`Callable`):
-                The target's input embedding and output layer; the drafter's own `draft_lm_head` where it has one.
+                The target's input embedding, and the output layer of the tokens that may be drafted ([`DraftHead`]).
             knobs ([`DraftingKnobs`], *optional*):
-                How many candidates and next tokens to consider, and how. With `draft_vocab` only the union of every
-                slot's own `draft_vocab` most likely tokens is scored after each candidate, and probabilities are
-                shares of these; `lm_head` then takes the tokens to score as a second argument.
+                How many candidates and next tokens to consider, and how.
             draw_noise (`torch.FloatTensor` of shape `(batch, config.num_drafted, vocab)`, *optional*):
                 What the target's draw of each token will add to its logits: Gumbel noise times the temperature of the
                 call. Candidates and next tokens are ranked by `(logits + draw_noise) / draft_temperature`.
@@ -215,7 +242,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         """
         temperature, branching = knobs.draft_temperature, knobs.branching
         if draw_noise is not None and self.config.draft_vocab_size is not None:
-            draw_noise = draw_noise[..., self.target_ids(torch.arange(len(self.d2t), device=self.d2t.device))]
+            draw_noise = draw_noise[..., kept_tokens(self.d2t).to(draw_noise.device)]
         masks = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size - 1), self.config.mask_token_id)
         noise_embeds = embed(torch.cat([anchor_ids[:, None], masks], dim=1))  # (batch, slots, hidden_size)
         hidden = self.backbone(noise_embeds, context_hidden_states, position_ids, attention_mask, cache, **kwargs)
@@ -225,10 +252,9 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
             marginal = Transitions.marginal(lm_head(normed), branching, temperature, draw_noise)
             return marginal._replace(token_ids=self.target_ids(marginal.token_ids))
 
-        # The last slot precedes nothing, so it needs no shortlist; some heads and a narrowed vocabulary ask it, too.
+        # The last slot precedes nothing, so it needs no shortlist; some heads ask it, too.
         head, links = self.ar_head, hidden.shape[1] - 1
-        asks_all = head.reads_marginals or knobs.draft_vocab is not None
-        marginals = lm_head(normed if asks_all else normed[:, :links])  # (batch, slots, vocab)
+        marginals = lm_head(normed if head.reads_marginals else normed[:, :links])  # (batch, slots, vocab)
         if draw_noise is not None:
             marginals = marginals + draw_noise[:, : marginals.shape[1]]
         shortlist, shortlist_log_probs = top_log_probs(marginals[:, :links], knobs.num_candidates, temperature)

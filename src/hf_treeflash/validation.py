@@ -87,8 +87,13 @@ def check_chain(drafter, generation_config: GenerationConfig) -> None:
     """
     if getattr(generation_config, "speculation_type", None) is None:
         return
-    known: dict[str, tuple] = {"first_slot": (1,), "input_embedding_scale": (None,), "draft_vocab_size": (None,)}
-    known |= {"window_rule": ("inclusive", "strict")}
+    known: dict[str, tuple] = {
+        "first_slot": (1,),
+        "input_embedding_scale": (None,),
+        "window_rule": ("inclusive", "strict"),
+    }
+    if not getattr(drafter.config, "tie_draft_head", False):  # else the chain drafts with all of the target's layer
+        known["draft_vocab_size"] = (None,)
     for field, values in known.items():
         value = getattr(drafter.config, field, values[0])
         if value not in values:

@@ -89,12 +89,7 @@ def test_figures_of_rounds_are_held_against_floors(modules):
 def test_floors_are_those_of_qwen3_4b(modules):
     import round as rounds
 
-    with torch.device("meta"):
-        shape = {"vocab_size": 151936, **rounds.PRESETS["qwen3-4b"]}
-        target = rounds.AutoModelForCausalLM.from_config(rounds.Qwen3Config(**shape), dtype=torch.bfloat16)
-        shape |= {"num_hidden_layers": 5, "tie_word_embeddings": False}
-        config = rounds.TreeFlashConfig(**shape, num_target_layers=36, ar_head="swiglu", mask_token_id=3)
-        drafter = rounds.TreeFlashDraftModel._from_config(config, dtype=torch.bfloat16)
+    target, drafter = rounds.random_pair("qwen3-4b", torch.device("meta"), torch.bfloat16)
     drafter.generation_config.num_candidates = 16
     floors = rounds.least_bytes(rounds.Setting(target, drafter, 2048, 7))
     assert abs(floors["plain"] / 3e9 - 2.78) < 0.03 and abs(floors["round"] / 3e9 - 3.86) < 0.15

@@ -22,7 +22,7 @@ from hf_treeflash.bench.demo import EMBEDDED
 from hf_treeflash.memory import recall
 from tests.helpers.batches import padded
 from tests.helpers.distribution import check_distribution, text_distribution
-from tests.helpers.tiny import VOCAB, prompt, tiny_drafter, tiny_target, with_knobs
+from tests.helpers.tiny import VOCAB, keeping, prompt, tiny_drafter, tiny_target, with_knobs
 from tests.layouts.published import READ
 from tests.layouts.rounds import make_target, write
 
@@ -302,7 +302,7 @@ def test_a_vocabulary_with_more_rows(size, batch):
     torch.nn.init.normal_(target.get_output_embeddings().weight.data[VOCAB:], std=0.3)
     check(target, drafter(), batch)
     check(target, drafter(), batch, prefix_allowed_tokens_fn=lambda row, ids: [size - 1, 5, 6, 7])
-    check(target, drafter(draft_vocab=4), batch, suppress_tokens=[5, 6])
+    check(target, keeping(drafter(), 4, 9, 11, 23), batch, suppress_tokens=[5, 6])
     check(target, drafter(), batch, cache_implementation="static")
 
 

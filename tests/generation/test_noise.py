@@ -100,7 +100,7 @@ def test_text_and_generator_are_plain_decodings(target, batch, eos, cache):
         assert torch.equal(tree, texts)
 
 
-@pytest.mark.parametrize("knobs", [{"tree_budget": "auto"}, {"draft_vocab": 3}, {"draft_window": 4}], ids=str)
+@pytest.mark.parametrize("knobs", [{"tree_budget": "auto"}, {"draft_window": 4}], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 12}, {"stop_strings": None}], ids=str)
 def test_whatever_shapes_the_draft(target, knobs, settings):
     """Rounds without a draft, and quotations longer than a block, included."""

@@ -267,7 +267,6 @@ def test_knobs_of_a_call_hold_for_that_call_alone(target):
         {"num_candidates": 1, "branching": 1},
         {"draft_temperature": 2.0},
         {"draft_window": 4},
-        {"draft_vocab": 3},
         {"draft_lm_head": "float8"},
         {"tree_budget": "auto"},
     ],

@@ -85,6 +85,12 @@ def with_knobs(drafter, **knobs):
     return drafter
 
 
+def keeping(drafter, *tokens: int):
+    """Return the drafter with these tokens as its draft vocabulary."""
+    drafter.set_draft_vocabulary(torch.tensor(tokens))
+    return drafter
+
+
 def prompt(length: int = 7, batch: int = 1, seed: int = 5) -> torch.Tensor:
     """Return random ids without special tokens."""
     return torch.randint(4, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

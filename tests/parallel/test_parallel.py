@@ -15,7 +15,7 @@ from tests.parallel.worker import CALLS
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
-REFUSED = {"draft vocabulary": "`draft_vocab`", "eight bits": "`draft_lm_head`"}
+REFUSED = {"eight bits": "`draft_lm_head`"}
 FAMILIES = ["llama", "qwen3"]
 
 

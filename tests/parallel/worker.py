@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hf_treeflash  # noqa: F401
-from tests.helpers.tiny import prompt, tiny_drafter, with_knobs
+from tests.helpers.tiny import keeping, prompt, tiny_drafter, with_knobs
 
 BASE = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 2}
 # By name: settings of the call, and knobs of the drafter.
@@ -20,7 +20,7 @@ CALLS: dict[str, tuple[dict, dict]] = {
     "automatic budget": ({"do_sample": False, "max_new_tokens": 90}, {"tree_budget": "auto"}),
     "static": ({"do_sample": False, "cache_implementation": "static"}, {}),
     "scores": ({"do_sample": False, "output_scores": True, "return_dict_in_generate": True}, {}),
-    "draft vocabulary": ({"do_sample": False}, {"draft_vocab": 4}),
+    "draft vocabulary": ({"do_sample": False}, {}),
     "eight bits": ({"do_sample": False}, {"draft_lm_head": "float8"}),
 }
 
@@ -33,6 +33,8 @@ def texts(target, drafter_seed: int, drafted: bool) -> dict:
         if not drafted:
             settings.pop("cache_implementation", None)
         drafter = with_knobs(tiny_drafter(seed=drafter_seed), **{"tree_budget": 12, **knobs})
+        if name == "draft vocabulary":
+            keeping(drafter, *range(4, 16))
         torch.manual_seed(3)
         try:
             output = target.generate(**settings, **({"assistant_model": drafter} if drafted else {}))

@@ -52,11 +52,14 @@ def target_of(name: str, seed: int, window: int, eager: bool):
 
 
 @functools.cache
-def drafter_of(head: bool, seed: int, block_size: int, window: int | None):
+def drafter_of(head: bool, seed: int, block_size: int, window: int | None, kept: int | None):
     overrides = {**TINY, "num_target_layers": None, "target_layer_ids": [0, 1], "block_size": block_size}
     if window is not None:
         overrides |= {"sliding_window": window, "layer_types": ["sliding_attention", "full_attention"]}
-    return tiny_drafter(head, seed, **overrides)
+    drafter = tiny_drafter(head, seed, **overrides)
+    if kept is not None:
+        drafter.set_draft_vocabulary(torch.randperm(24, generator=torch.Generator().manual_seed(kept))[:kept])
+    return drafter
 
 
 @strategies.composite
@@ -74,6 +77,7 @@ def pairs(draw, covered: bool = False):
         draw(strategies.integers(1, 2)),
         draw(strategies.sampled_from([2, 4, 8])),
         draw(strategies.sampled_from([None, None, 3, 9])),
+        draw(strategies.sampled_from([None, None, 1, 5, 16])),
     )
     drafter = with_knobs(
         drafter,

@@ -62,11 +62,11 @@ def test_rows_of_a_left_padded_batch_equal_the_plain_batch_and_themselves_alone(
         ({"num_candidates": 1, "branching": 2}, {}),
         ({"num_candidates": 999, "branching": 999}, {}),
         ({"draft_temperature": 0.5, "tree_budget": 70}, {}),  # more nodes than a word has bits
-        ({"draft_lm_head": "float8", "draft_vocab": 3}, {}),
+        ({"draft_lm_head": "float8"}, {}),
         ({}, {"block_size": 2}),
         ({}, {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}),
     ],
-    ids=["one candidate", "more candidates than tokens", "wide", "approximate", "block of two", "sliding drafter"],
+    ids=["one candidate", "more candidates than tokens", "wide", "eight bits", "block of two", "sliding drafter"],
 )
 def test_other_knobs_and_drafters(target, knobs, config):
     drafter = with_knobs(drafter_of(**config), **knobs)

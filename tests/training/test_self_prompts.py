@@ -8,7 +8,13 @@ from hf_treeflash.training.self_prompts import NearDuplicates
 
 from .conftest import CHAT_TEMPLATE
 
-OPTIONS = {"enable_thinking": False, "temperature": 4.0, "batch_size": 6, "max_new_tokens": 24, "openings": ("", "w9 w8", "w7")}
+OPTIONS = {
+    "enable_thinking": False,
+    "temperature": 4.0,
+    "batch_size": 6,
+    "max_new_tokens": 24,
+    "openings": ("", "w9 w8", "w7"),
+}
 
 
 def test_turns_start_as_asked_end_where_the_user_ends_and_differ(target, tokenizer, tmp_path):

@@ -78,7 +78,10 @@ def check_sha256(file: Path, expected: str) -> None:
         ValueError: If it is another.
     """
     digest = hashlib.sha256()
-    with open(file, "rb") as stream, tqdm(total=file.stat().st_size, unit="B", unit_scale=True, desc="checksum") as bar:
+    with (
+        open(file, "rb") as stream,
+        tqdm(total=file.stat().st_size, unit="B", unit_scale=True, desc="checksum") as bar,
+    ):
         while block := stream.read(1 << 24):
             digest.update(block)
             bar.update(len(block))

@@ -44,7 +44,6 @@ def generate(
     branching: options.Branching = None,
     draft_temperature: options.DraftTemperature = None,
     draft_window: options.DraftWindow = None,
-    draft_vocab: options.DraftVocab = None,
     lookup: options.Lookup = None,
     static: options.Static = False,
 ) -> None:
@@ -71,7 +70,6 @@ def generate(
         branching=branching,
         draft_temperature=draft_temperature,
         draft_window=draft_window,
-        draft_vocab=draft_vocab,
     )
     from ..bench.pairs import encode_messages
 

@@ -116,10 +116,6 @@ DraftTemperature = Annotated[
 DraftWindow = Annotated[
     int | None, typer.Option(help="Tokens the drafter looks back on.", min=1, max=2**31, rich_help_panel=DRAFTING)
 ]
-DraftVocab = Annotated[
-    int | None,
-    typer.Option(help="Likely tokens of a slot that may be drafted.", min=1, max=2**24, rich_help_panel=DRAFTING),
-]
 Lookup = Annotated[
     int | None,
     typer.Option(help="Tokens to draft from earlier text, too.", min=1, max=256, rich_help_panel=DRAFTING),

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..draft_head import any_tensor
 from ..memory import circumstances, forget, recall, remember
 from .launch import Launcher
 from .round import StaticRound
@@ -86,7 +87,7 @@ def session_key(decoding, cache) -> tuple:
             The target's.
     """
     config = decoding.generation_config
-    float8 = decoding.generator.draft_head.float8
+    head = decoding.generator.draft_head
     compiling = None if config.compile_config is None else repr(config.compile_config.to_dict())
     return (
         cache.layers[0].keys.shape[0],
@@ -96,7 +97,7 @@ def session_key(decoding, cache) -> tuple:
         (compiling, config.disable_compile),
         (cache.layers[0].keys.dtype, cache.layers[0].keys.device),
         *((circumstances(model), _weights(model)) for model in (decoding.target, decoding.drafter)),
-        None if float8 is None else float8.rows.data_ptr(),
+        any_tensor(head.lm_head).data_ptr() if head.float8 is None else head.float8.rows.data_ptr(),
     )
 
 

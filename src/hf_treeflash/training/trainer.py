@@ -233,10 +233,10 @@ def choose_trainable(model, stage: str) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(stage == "joint" or name.startswith("ar_head.") == (stage == "head"))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if model.config.draft_vocab_size is not None:
+    if model.config.draft_vocab_size is not None and not model.config.tie_draft_head:
         raise ValueError(
-            f"A drafter with a reduced vocabulary (`draft_vocab_size` {model.config.draft_vocab_size}) cannot be "
-            "trained here: labels are tokens of the whole vocabulary."
+            f"A drafter with an output layer of its own (`draft_vocab_size` {model.config.draft_vocab_size}) cannot "
+            "be trained here: labels are tokens of the whole vocabulary."
         )
     if stage != "backbone" and model.ar_head is None:
         raise ValueError(
