@@ -26,7 +26,7 @@ from ..checkpoints import (
 )
 from ..configuration_treeflash import TreeFlashConfig
 from ..knobs import KNOB_DEFAULTS
-from ..layouts import TARGETS_TENSORS, Layout, read_layout
+from ..layouts import PASSED_OVER, Layout, read_layout
 from ..modeling_treeflash import TreeFlashDraftModel
 from ..validation import check_family, check_pair
 
@@ -88,7 +88,7 @@ def inspect_drafter(name: str, target: str | None = None, revision: str | None =
             layout = read_layout(stored, f"{base}/config.json")
             found["layout"] = layout.description
             config = make_config(layout.values, f"{base}/config.json")
-            check_tensors(TreeFlashDraftModel, config, layout, tensors)
+            check_tensors(TreeFlashDraftModel, config, layout, tensors, fresh_head=False)
             check_extra_files(base, layout, hub)
             knobs = stored_knobs(base, stored, hub)
             found |= {"read": True, "knobs": {knob: getattr(knobs, knob) for knob in KNOB_DEFAULTS}}
@@ -147,7 +147,7 @@ def sizes(config: TreeFlashConfig | None, layout: Layout | None, tensors: list[S
         name = tensor.name
         for pattern, replacement in (layout.names if layout else {}).items():
             name = re.sub(pattern, replacement, name)
-        part = "carried of the target, not read" if name in TARGETS_TENSORS else name.partition(".")[0]
+        part = "carried of the target, not read" if name in PASSED_OVER else name.partition(".")[0]
         counts[part] += math.prod(tensor.shape)
     carried = counts.pop("carried of the target, not read", 0)
     found: dict[str, Any] = {"parameters": counts.total(), "by part": dict(counts.most_common())}
