@@ -5,8 +5,8 @@
 All heads start from zero and train side by side on the same batches (forward KL to the target, true previous tokens,
 the backbone frozen), each at two learning rates, of which the one with the lower loss at the end is measured. The
 backbone was trained jointly with a SwiGLU head, which favours that one. Two heads depend on the whole path; they are
-measured with a row of its own for every node. An interrupted run goes on where it stopped. `--times` adds the time of a
-round, which wants a quiet machine.
+measured with a row of its own for every node. An interrupted run goes on where it stopped. `--times` adds the time of
+a round, which wants a quiet machine.
 """
 
 import argparse
@@ -47,7 +47,6 @@ BUDGETS = (16, 64)
 CONFIGS = {
     "markov r64": {"ar_head": "markov", "head_rank": 64},
     "markov r256": {"ar_head": "markov", "head_rank": 256},
-    "markov gated r256": {"ar_head": "markov", "head_rank": 256, "head_gated": True},
     "selector r256 top 16": {"ar_head": "selector", "head_rank": 256, "selector_top_k": 16},
     "swiglu": {"ar_head": "swiglu"},
 }
@@ -58,11 +57,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/heads"), help="responses, checkpoints, counts")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/heads_tiny_cpu.json"))
     parser.add_argument("--prompts", type=int, default=1024, help="function starts that the target continues")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--anchors", type=int, default=12, help="blocks per sequence")
-    parser.add_argument("--eval-prompts", type=int, default=32)
-    parser.add_argument("--eval-tokens", type=int, default=64)
+    parser.add_argument("--eval-prompts", type=int, default=24)
+    parser.add_argument("--eval-tokens", type=int, default=48)
     parser.add_argument("--times", action="store_true", help="time a round of each head instead of counting tokens")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Reference code of two heads whose rows depend on the whole path, one row per node of a tree; slow, for measuring only.
+"""Reference code of two heads whose rows depend on the whole path, a row per node of a tree; slow, to measure only.
 
 Both give what to add to a slot's own logits, from a state that each token of the path moves on. No finite table holds
 their rows, so they are not part of the package: `heads.py` measures what they would bring.

@@ -1,4 +1,4 @@
-"""Train a drafter for any target: a backbone from scratch, the AR head of a DFlash drafter, or both.
+"""Train a drafter for any target: a backbone from scratch, the head of a DFlash drafter, or both.
 
 The responses are the target's own: prompts are read from chats or text, and the target answers them first, here or in
 a server that already runs it (`--endpoint http://localhost:8000/v1`).
@@ -20,6 +20,8 @@ epochs cost the drafter only. A loss over the frequent tokens makes a large voca
     python examples/train_drafter.py --target TARGET --mask_token_id 16 --stage joint --self_prompts 4000 \
         --backbone_learning_rate_scale 1.0 --target_states build/states --loss_vocabulary 6144 --output_dir build/chat
 
+With `--ar_head markov` it gets DSpark's head instead, with `--ar_head selector` DFlash-2's.
+
 Every option of `TrainingArguments` works too. Launch with `accelerate launch` for several processes.
 """
 
@@ -27,6 +29,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -66,6 +69,11 @@ class DataArguments:
     endpoint_model: str | None = field(default=None, metadata={"help": "what it calls the target, if not `--target`"})
     generate_batch_size: int = field(default=16, metadata={"help": "prompts the target answers at a time"})
     skip_bad_rows: bool = field(default=False, metadata={"help": "report and skip bad rows instead of refusing"})
+    ar_head: str = field(
+        default="swiglu",
+        metadata={"help": "head for a drafter that has none", "choices": ["swiglu", "markov", "selector", "none"]},
+    )
+    head_rank: int = field(default=256, metadata={"help": "width of the token vectors of a markov or selector head"})
     layers: int = field(default=5, metadata={"help": "layers of a fresh drafter"})
     block_size: int = field(default=16, metadata={"help": "slots of a fresh drafter"})
     target_layer_ids: list[int] | None = field(default=None, metadata={"help": "layers that a fresh drafter reads"})
@@ -93,8 +101,12 @@ def load_prompts(target, tokenizer, data: DataArguments, output_dir: str) -> lis
 
 def load_drafter(target, data: DataArguments, stage: str) -> TreeFlashDraftModel:
     """Load a drafter of any layout, with a fresh head where it has none, or build one in the target's shape."""
-    head = {} if stage == "backbone" else {"ar_head": "swiglu"}
+    none = stage == "backbone" or data.ar_head == "none"
+    head: dict[str, Any] = {} if none else {"ar_head": data.ar_head, "head_rank": data.head_rank}
     if data.drafter is not None:
+        drafter = TreeFlashDraftModel.from_pretrained(data.drafter, dtype=target.dtype)
+        if drafter.ar_head is not None or not head:
+            return drafter
         return TreeFlashDraftModel.from_pretrained(data.drafter, dtype=target.dtype, **head)
     if data.mask_token_id is None:
         raise ValueError("A fresh drafter needs `--mask_token_id`: a token of the vocabulary that text never holds.")

@@ -15,8 +15,8 @@ from .transitions import top_log_probs
 class MarkovHead(nn.Module):
     """DSpark's head: a slot's logits plus the products of the previous token's code with every token's own vector.
 
-    With `z` the slot's normed state and `c` the previous token's vector, the code is `c`, or `sigmoid(gate [z; c]) * c`
-    where `head_gated` says so. Methods are those of [`ARHead`].
+    With `z` the slot's normed state and `c` the previous token's vector, the code is `c`, or
+    `sigmoid(gate [z; c]) * c` where `head_gated` says so. Methods are those of [`ARHead`].
 
     Args:
         config ([`TreeFlashConfig`]):
@@ -57,10 +57,11 @@ class MarkovHead(nn.Module):
         own = by_slot(normed, slots)
         return torch.cat([own, self.code(previous_embeds, own)], dim=-1)
 
-    def logits(self, states: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Return logits of rows, given an output layer."""
+    def logits(self, states: torch.Tensor, lm_head: Callable, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits of rows, given an output layer, and which tokens it scores if not all."""
         normed, code = self._split(states)
-        return lm_head(normed) + F.linear(code, self.following.weight)
+        weight = self.following.weight
+        return lm_head(normed) + F.linear(code, weight if token_ids is None else weight[token_ids])
 
     def scorer(
         self, slots: Slots, norm: nn.Module, lm_head: Callable, knobs: DraftingKnobs
@@ -101,8 +102,8 @@ class SelectorHead(MarkovHead):
         """Return the codes of rows; arguments as in [`MarkovHead`]."""
         return vectors * self.project(normed)
 
-    def logits(self, states: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Return logits of rows; tokens that the selector does not consider keep their own."""
+    def logits(self, states: torch.Tensor, lm_head: Callable, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits of rows, given an output layer over all tokens; those not considered keep their own."""
         normed, code = self._split(states)
         base = lm_head(normed)
         chosen = base.topk(min(self.top_k, base.shape[-1]), dim=-1).indices  # (..., top_k)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
         self.layers = nn.ModuleList(TreeFlashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
-        self.ar_head = None if config.ar_head is None else HEADS[config.ar_head](config)
+        self.ar_head: Any = None if config.ar_head is None else HEADS[config.ar_head](config)
         if config.draft_vocab_size is not None:
             if not config.tie_draft_head:
                 self.draft_lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)

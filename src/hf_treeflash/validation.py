@@ -11,6 +11,7 @@ from .draft_head import check_head, home_of
 from .hybrids import check_layers, recurrent_layers
 from .knobs import DraftingKnobs
 from .protocols import Drafter, Target
+from .reduced_vocabulary import compare_output_rows
 from .taps import decoder_layers
 
 PADDED_ROWS = 256  # that padding or new tokens may add to a vocabulary
@@ -45,6 +46,8 @@ def check_pair(target: Target, drafter: Drafter) -> None:
         "hidden_size": draft.hidden_size == config.hidden_size,
         "vocab_size": fits_vocabulary(draft.vocab_size, config.vocab_size),
     }
+    if draft.ar_head in ("markov", "selector"):  # whose vectors are added to the target's logits, token by token
+        fits["vocab_size"] = draft.vocab_size == config.vocab_size
     for field, does in fits.items():
         if not does:
             raise ValueError(
@@ -77,6 +80,8 @@ def check_pair(target: Target, drafter: Drafter) -> None:
             f"The drafter was made for a target of {draft.num_target_layers} layers (`num_target_layers`), this one "
             f"has {config.num_hidden_layers}."
         )
+    if getattr(drafter, "draft_lm_head", None) is not None:
+        compare_output_rows(target, drafter)
 
 
 def check_chain(drafter, generation_config: GenerationConfig) -> None:

@@ -75,7 +75,9 @@ def tiny_drafter(head: bool = True, seed: int = 1, **overrides):
     torch.manual_seed(seed)
     drafter = TreeFlashDraftModel(TreeFlashConfig(**{**arguments, **overrides})).eval()
     if head:
-        torch.nn.init.normal_(drafter.ar_head.down_proj.weight, std=0.3)
+        for module in drafter.modules():  # whatever is zero at first
+            if hasattr(module, "_zero_init"):
+                torch.nn.init.normal_(module.weight, std=0.3)
     return drafter
 
 

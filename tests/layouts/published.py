@@ -208,7 +208,7 @@ def swiglu() -> dict:
 def markov(rank: int = 4, rows: int = VOCAB, gated: bool = False, prefix: str = "") -> dict:
     """Return the tensors of DSpark's Markov head, random enough to matter."""
     tensors = extra(markov_w1__weight=(VOCAB, rank), markov_w2__weight=(rows, rank))
-    tensors = {name: 5 * value for name, value in tensors.items()}
+    tensors = {name: 3 * value for name, value in tensors.items()}
     if gated:
         tensors |= extra(gate_proj__weight=(rank, HIDDEN + rank), gate_proj__bias=(rank,))
     return {f"{prefix}{name}": value for name, value in tensors.items()}
@@ -465,8 +465,8 @@ REFUSED = [
         "DSpark with a state",
         deepspec(markov_rank=4, markov_head_type="rnn"),
         PLAIN | markov(prefix="markov_head.") | extra(markov_head__joint_proj__weight=(12, HIDDEN + 8)),
-        r"this is a DeepSpec DSpark drafter with a rnn Markov head: `markov_head_type`: expected 'vanilla' or 'gated', "
-        r"found 'rnn'",
+        r"this is a DeepSpec DSpark drafter with a rnn Markov head: `markov_head_type`: expected 'vanilla' or "
+        r"'gated', found 'rnn'",
     ),
     Published(
         "DSpark whose state is in the tensors only",

@@ -253,11 +253,9 @@ class Reference:
     def rows_by_head(self, normed):
         """Return the logits of a head that adds to a slot's own, `(depth, vocab, vocab)` by previous token."""
         base, tensors = self.logits(normed), self.tensors
-        first = "candidate_selector.predecessor_codebook"
-        previous = tensors[first if self.get("selector_rank") else "markov_w1.weight"]
-        following = tensors[
-            "candidate_selector.successor_codebook" if self.get("selector_rank") else "markov_w2.weight"
-        ]
+        selects = self.get("selector_rank")
+        names = ("predecessor_codebook", "successor_codebook") if selects else ("markov_w1.weight", "markov_w2.weight")
+        previous, following = (tensors[f"candidate_selector.{name}" if selects else name] for name in names)
         if "d2t" in tensors:
             whole = torch.zeros(len(previous), following.shape[1])
             whole[torch.arange(len(following)) + tensors["d2t"]] = following
@@ -265,13 +263,13 @@ class Reference:
         rows = []
         for token in range(len(previous)):
             code = previous[token].expand(len(normed), -1)
-            if self.get("selector_rank"):
+            if selects:
                 code = code * (normed @ tensors["candidate_selector.hidden_projection.weight"].T)
             elif self.get("markov_head_type") == "gated":
                 code = code * torch.sigmoid(self.linear("gate_proj", torch.cat([normed, code], dim=-1)))
             rows.append(base + code @ following.T)
         logits = torch.stack(rows, dim=1)
-        if self.get("selector_rank"):
+        if selects:
             least = base.topk(self.get("selector_top_k"), dim=-1).values[:, -1]
             logits[(base < least[:, None])[:, None].expand_as(logits)] = float("-inf")
         return logits

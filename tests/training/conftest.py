@@ -29,7 +29,9 @@ def make_drafter(head: bool = True, trained: bool = False, **overrides) -> TreeF
     options |= {"mask_token_id": 1, "ar_head": "swiglu" if head else None, "initializer_range": 0.2}
     drafter = TreeFlashDraftModel(TreeFlashConfig(**SHAPE, **options | overrides)).eval()
     if trained:
-        torch.nn.init.normal_(drafter.ar_head.down_proj.weight, std=0.2)
+        for module in drafter.modules():  # whatever is zero at first
+            if hasattr(module, "_zero_init"):
+                torch.nn.init.normal_(module.weight, std=0.2)
     return drafter
 
 

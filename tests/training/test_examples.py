@@ -43,6 +43,19 @@ def pair(tmp_path):
     return [*arguments, "--report_to", "none", "--use_cpu"]
 
 
+@pytest.mark.parametrize("head", ["markov", "selector"])
+def test_train_a_head_of_token_vectors(example, pair, tmp_path, head):
+    headless = make_drafter(head=False)
+    headless.save_pretrained(tmp_path / "drafter")
+    example("train_drafter").main([*pair, "--stage", "head", "--ar_head", head, "--head_rank", "4"])
+    trained = TreeFlashDraftModel.from_pretrained(tmp_path / "out")
+    assert (trained.config.ar_head, trained.config.head_rank) == (head, 4)
+    assert trained.ar_head.following.weight.any()
+    # One that has a head keeps it.
+    example("train_drafter").main([*pair, "--stage", "head", "--drafter", str(tmp_path / "out")])
+    assert TreeFlashDraftModel.from_pretrained(tmp_path / "out").config.ar_head == head
+
+
 @pytest.mark.parametrize("stage", ["head", "backbone"])
 def test_train_drafter(example, pair, tmp_path, stage, capsys):
     if stage == "backbone":  # from scratch

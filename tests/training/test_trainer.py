@@ -40,6 +40,32 @@ def test_head_stage_starts_as_the_marginal_drafter_and_leaves_the_backbone(train
     assert changed(before, weights(drafter)) == {name for name in before if name.startswith("ar_head.")}
 
 
+HEADS = [
+    {"ar_head": "markov", "head_rank": 6},
+    {"ar_head": "markov", "head_rank": 6, "head_gated": True},
+    {"ar_head": "selector", "head_rank": 6, "selector_top_k": 8},
+]
+
+
+@pytest.mark.parametrize("fields", HEADS, ids=str)
+def test_heads_of_token_vectors_train_in_the_same_way(train, samples, fields):
+    drafter = make_drafter(**fields)
+    before = weights(drafter)
+    trainer = train(drafter, samples, stage="head", max_steps=30, eval_dataset=samples, eval_strategy="steps",
+                    eval_steps=30, eval_on_start=True)  # fmt: skip
+    start, end = (entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert start["eval_accuracy"] == start["eval_base_accuracy"]  # it starts as the marginal drafter
+    assert end["eval_loss"] < start["eval_loss"] - 0.01
+    assert changed(before, weights(drafter)) == {name for name in before if name.startswith("ar_head.")}
+
+
+def test_the_joint_stage_trains_them_and_the_convolutions(train, samples):
+    drafter = make_drafter(trained=True, conv_kernel_size=2, **HEADS[0])
+    before = weights(drafter)
+    train(drafter, samples, stage="joint")
+    assert changed(before, weights(drafter)) == set(before)
+
+
 @torch.no_grad()
 def test_an_untrained_head_changes_no_bit():
     drafter = make_drafter()

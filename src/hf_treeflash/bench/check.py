@@ -163,7 +163,8 @@ def said_of_head(drafter) -> str:
     head = getattr(drafter, "ar_head", None)
     if head is None:
         return "yes, without an AR head"
-    trained = any(bool(weight.any()) for weight in head.down_proj.parameters() if not weight.is_meta)
+    last = getattr(head, "following", None) or head.down_proj  # zero in a fresh head
+    trained = any(bool(weight.any()) for weight in last.parameters() if not weight.is_meta)
     return "yes, with an AR head" if trained else "yes, but its AR head is still zero, as before any training"
 
 

@@ -26,6 +26,7 @@ def train(
         Path | None, typer.Option(help='Held-out prompts, as for "bench".', exists=True, dir_okay=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per response to a chat.", min=1)] = 1024,
+    ar_head: Annotated[str, typer.Option(help="For a drafter without a head: swiglu, markov, selector.")] = "swiglu",
     thinking: options.Thinking = False,
     arguments: Annotated[bool, typer.Option("--arguments", help="List the training arguments, and end.")] = False,
 ) -> None:
@@ -51,6 +52,7 @@ def train(
         chats=chats,
         eval_prompts=eval_prompts,
         max_new_tokens=max_new_tokens,
+        ar_head=ar_head,
         thinking=thinking,
     )
 
@@ -87,6 +89,7 @@ def run(
     chats: str | None,
     eval_prompts: Path | None,
     max_new_tokens: int,
+    ar_head: str,
     thinking: bool,
 ) -> None:
     """Make the responses, where they are not there yet, and train."""
@@ -103,9 +106,11 @@ def run(
         prompts = chat_prompts(tokenizer, chats, enable_thinking=thinking)
         extra = {"enable_thinking": thinking, "data": chats}
         regenerate(model, tokenizer, prompts, samples, provenance_extra=extra, max_new_tokens=max_new_tokens)
-    head = {} if arguments.stage == "backbone" else {"ar_head": "swiglu"}
+    draft_model = TreeFlashDraftModel.from_pretrained(drafter, dtype=model.dtype)
+    if draft_model.ar_head is None and arguments.stage != "backbone":
+        draft_model = TreeFlashDraftModel.from_pretrained(drafter, dtype=model.dtype, ar_head=ar_head)
     trainer = TreeFlashTrainer(
-        TreeFlashDraftModel.from_pretrained(drafter, dtype=model.dtype, **head),
+        draft_model,
         arguments,
         target=model,
         train_dataset=load_samples(samples),

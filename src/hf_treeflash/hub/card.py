@@ -14,6 +14,12 @@ from ..knobs import DraftingKnobs
 logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+HEAD_NAMES = {
+    None: "none",
+    "swiglu": "AR approximation (SwiGLU)",
+    "markov": "DSpark's Markov head",
+    "selector": "DFlash-2's selector",
+}
 TAGS = ["speculative-decoding", "draft-model", "dflash", "custom_code", "arxiv:2602.06036"]
 
 
@@ -32,7 +38,7 @@ def render_card(
         pipeline_tag="text-generation",
         license=one_line(license),
         datasets=one_line(datasets),
-        tags=["treeflash", "arxiv:2606.03819", *TAGS] if drafter.config.ar_head else TAGS,
+        tags=["treeflash", "arxiv:2606.03819", *TAGS] if drafter.config.ar_head == "swiglu" else TAGS,
         eval_results=[found for found in map(_eval_result, one_line(results)) if found] or None,
     )
     return ModelCard.from_template(
@@ -42,6 +48,7 @@ def render_card(
         target_id=escaped(target_id),
         target_url=f"https://huggingface.co/{quote(target_id)}",
         config=drafter.config,
+        heads=HEAD_NAMES,
         parameters=drafter.num_parameters(),
         knobs=DraftingKnobs.read(drafter.generation_config),
         evaluation=escaped(evaluation),
@@ -109,7 +116,7 @@ def render_speculators_card(config, *, name: str, target_id: str) -> str:
         pipeline_tag="text-generation",
         tags=["speculative-decoding", "draft-model", "dflash", "vllm", "arxiv:2602.06036"],
     )
-    dropped = "Its TreeFlash head was **dropped**: serving engines do not know it. " if config.ar_head else ""
+    dropped = "Its head was **dropped**: serving engines do not know it in this form. " if config.ar_head else ""
     return (
         f"---\n{data}\n---\n\n# {escaped(name)}\n\n"
         f"The DFlash backbone of a drafter for `{escaped(target_id)}`, in the form of vLLM's speculators, "

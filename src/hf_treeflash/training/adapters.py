@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-# What LoRA adapts: every projection of the drafter's layers and of the AR head. Matches whole module names.
+# What LoRA adapts: every projection of the drafter's layers and of the SwiGLU head; heads of token vectors are trained
+# in full (`modules_to_save`). Matches whole module names.
 LORA_TARGET_MODULES = r"(layers\.\d+\..*_proj|ar_head\.(up_gate_proj|down_proj))"
 
 
@@ -14,10 +15,8 @@ def check_adapters(model) -> None:
     Raises:
         ValueError: Naming the adapter and the reason.
     """
-    if not hasattr(model, "peft_config") or model.ar_head is None:
-        return
-    down_proj = model.ar_head.down_proj
-    base = getattr(down_proj, "base_layer", None)
+    down_proj = getattr(getattr(model, "ar_head", None), "down_proj", None)
+    base = getattr(down_proj, "base_layer", None) if hasattr(model, "peft_config") else None
     if base is None or base.weight.any():
         return
     for name, config in model.peft_config.items():

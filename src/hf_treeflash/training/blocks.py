@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -90,7 +91,7 @@ def make_blocks(drafter, target, batch: dict[str, torch.Tensor], with_head: bool
     embed = embedding_of(target, drafter)
     context_positions = torch.arange(length, device=anchors.device).expand(rows, -1)
     positions = anchors[..., None] + torch.arange(config.block_size, device=anchors.device)
-    inputs = {
+    inputs: dict[str, Any] = {
         "noise_embeds": embed(noise_ids.flatten(1)),
         "context_hidden_states": context.to(drafter.dtype),
         "position_ids": torch.cat([context_positions, positions.flatten(1)], dim=1),

@@ -1,10 +1,12 @@
 """Loss per slot, computed for some slots at a time: their logits never exist all at once."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class RowScores(NamedTuple):
@@ -43,12 +45,13 @@ def score_rows(
     teacher_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     num_candidates: int,
     chunk_rows: int,
+    is_frozen: bool = True,
 ) -> RowScores:
     """Score rows of drafter states against labels or against the target.
 
     Args:
         lm_head (`Callable`):
-            The target's output layer as the drafter reads it, frozen.
+            The target's output layer as the drafter reads it, or with what a head adds to it.
         states (`torch.Tensor` of shape `(drafts, rows, hidden_size)`):
             Normed drafter states; the drafts share labels and target, whose logits are computed once for all.
         labels (`torch.LongTensor` of shape `(rows,)`):
@@ -61,6 +64,8 @@ def score_rows(
             Length of the shortlist that `recalled` is about.
         chunk_rows (`int`):
             Rows whose logits are held at once.
+        is_frozen (`bool`, *optional*, defaults to `True`):
+            Whether nothing in `lm_head` trains; otherwise logits are computed again in the backward pass.
 
     Returns:
         [`RowScores`], with a leading dimension of drafts.
@@ -86,7 +91,8 @@ def score_rows(
         return RowScores(loss, better == 0, better < num_candidates)
 
     starts = range(0, max(1, states.shape[1]), chunk_rows)
-    chunks = [RowsWithGradient.apply(score, states[:, start : start + chunk_rows], start) for start in starts]
+    run = RowsWithGradient.apply if is_frozen else functools.partial(checkpoint, use_reentrant=False)
+    chunks = [run(score, states[:, start : start + chunk_rows], start) for start in starts]
     return RowScores(*(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)))
 
 

@@ -1,5 +1,6 @@
 """The trainer of drafters: a frozen target beside the drafter, three stages, real block efficiency."""
 
+import functools
 import math
 import shlex
 import sys
@@ -91,29 +92,42 @@ class TreeFlashTrainer(Trainer):
             is_frozen = prefix == "base_" and self.args.stage == "head"
             if states is not None and not (is_frozen and training):
                 drafts[prefix] = blocks.rows(states)
-        scores, known = self._score(drafter, blocks, torch.stack(list(drafts.values())))
+        scores, known = self._score(drafter, blocks, drafts)
         weights, losses = slot_weights(blocks.depths, self.args.slot_decay) * known, {}
-        for prefix, loss, correct, recalled in zip(drafts, *scores, strict=True):
+        for prefix, (loss, correct, recalled) in scores.items():
             losses[prefix] = weighted_mean(loss, weights)
             add_block_metrics(sums, prefix, correct & known, blocks.supervised, per_slot=not training)
             if prefix == "base_":
                 sums.add("candidate_recall", (recalled & known).sum(), torch.tensor(len(weights)))
         return self._combine(losses)
 
-    def _score(self, drafter, blocks: Blocks, states: torch.Tensor) -> tuple[RowScores, torch.Tensor]:
+    def _score(
+        self, drafter, blocks: Blocks, drafts: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, RowScores], torch.Tensor]:
         """Score drafts; also return which rows have a label that the loss is over."""
         labels, vocabulary = blocks.labels, None
         if self.loss_vocabulary is not None:
             labels, vocabulary = self.loss_vocabulary.places[labels], self.loss_vocabulary.draw()
-        scores = score_rows(
-            output_layer_of(self.target, drafter, vocabulary),
-            states,
-            labels.clamp(min=0),
-            blocks.teacher_states if self.args.loss == "kl" else None,
-            teacher_head=output_layer_of(self.target, vocabulary=vocabulary),
-            num_candidates=drafter.generation_config.num_candidates,
-            chunk_rows=self.args.loss_chunk_rows,
-        )
+        output_layer = output_layer_of(self.target, drafter, vocabulary)
+        groups = [(drafts, output_layer)]
+        if "" in drafts and drafter.ar_head.reads_marginals:  # its logits are not the output layer's alone
+            token_ids = None if vocabulary is None else vocabulary.token_ids
+            by_head = functools.partial(drafter.ar_head.logits, lm_head=output_layer, token_ids=token_ids)
+            layers = {"base_": output_layer, "": by_head}
+            groups = [({prefix: rows}, layers[prefix]) for prefix, rows in drafts.items()]
+        scores: dict[str, RowScores] = {}
+        for group, layer in groups:
+            scored = score_rows(
+                layer,
+                torch.stack(list(group.values())),
+                labels.clamp(min=0),
+                blocks.teacher_states if self.args.loss == "kl" else None,
+                teacher_head=output_layer_of(self.target, vocabulary=vocabulary),
+                num_candidates=drafter.generation_config.num_candidates,
+                chunk_rows=self.args.loss_chunk_rows,
+                is_frozen=layer is output_layer,
+            )
+            scores |= {prefix: RowScores(*parts) for prefix, *parts in zip(group, *scored, strict=True)}
         return scores, labels >= 0
 
     def _combine(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -130,6 +144,8 @@ class TreeFlashTrainer(Trainer):
                 "`loss_vocabulary` reads single rows of the target's output layer, which must be a plain `nn.Linear`; "
                 f"this target has a {type(head).__name__}. Leave it out."
             )
+        if self.accelerator.unwrap_model(self.model).config.ar_head == "selector":
+            raise ValueError("`loss_vocabulary` hides the candidates that a selector chooses from. Leave it out.")
         frequent = frequent_tokens(response_tokens(self.train_dataset), self.args.loss_vocabulary)
         return LossVocabulary(frequent.to(head.weight.device), head.weight.shape[0], self.args.loss_drawn_tokens)
 
@@ -240,7 +256,8 @@ def choose_trainable(model, stage: str) -> None:
         )
     if stage != "backbone" and model.ar_head is None:
         raise ValueError(
-            f"Stage {stage!r} needs a head: load the drafter with `ar_head='swiglu'` to give it a fresh one."
+            f"Stage {stage!r} needs a head: load the drafter with `ar_head='swiglu'` (or 'markov' or 'selector') to "
+            "give it a fresh one."
         )
     for parameter in trainable:
         parameter.data = parameter.data.float()
