@@ -136,7 +136,7 @@ def _kind(fields: StoredFields) -> str:
         return "speculators"
     if "treeflash_config" in stored:
         return "official"
-    if "dflash_config" in stored:
+    if "dflash_config" in stored or "dflash2" in classes:
         return "dflash"
     if "target_layer_ids" in stored:
         return "deepspec" if "dspark" in classes or "markov_rank" in stored else "native"

@@ -281,9 +281,10 @@ class TreeFlashDraftModel(TreeFlashPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
         """Load a drafter from a folder or Hub repository in any published layout.
 
-        Ours, the official TreeFlash layout, DFlash, transformers' own DFlash layout and vLLM speculators' DFlash are
-        recognised by their config; weights must be safetensors and no code of the repository is run. Arguments are
-        those of [`PreTrainedModel.from_pretrained`]; `ar_head="swiglu"` gives a head-less checkpoint a fresh head.
+        Ours, the official TreeFlash layout, DFlash, DSpark, DFlash-2, transformers' own DFlash layout and vLLM
+        speculators' are recognised by their config; weights must be safetensors and no code of the repository is run.
+        Arguments are those of [`PreTrainedModel.from_pretrained`]; `ar_head="swiglu"` (or `"markov"` or `"selector"`)
+        gives a head-less checkpoint a fresh head.
         """
         from .checkpoints import resolve_checkpoint
 

@@ -152,6 +152,15 @@ def test_card_without_evaluation_says_that_nothing_is_known(tmp_path):
     assert "treeflash" not in ModelCard(text).data.tags
 
 
+def test_the_card_names_the_head(tmp_path):
+    drafter = tiny_drafter(ar_head="markov", head_rank=6)
+    export_drafter(drafter, tmp_path / "out", target_id="acme/target")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| head | DSpark's Markov head |" in text and "with DSpark's Markov head, on a" in text
+    again = TreeFlashDraftModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.ar_head.following.weight, drafter.ar_head.following.weight)
+
+
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
 
 
@@ -160,6 +169,7 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
     [
         {},
         {"first_slot": 0},
+        {"ar_head": "markov", "head_rank": 6, "head_gated": True},
         {**SLIDING, "window_rule": "anchor"},
         {**SLIDING, "window_rule": "anchor", "causal_layers": "sliding"},
     ],
@@ -199,6 +209,7 @@ def test_speculators_form_reads_back_as_the_same_backbone(tmp_path, options):
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"output_multiplier": 0.5}, "output_multiplier"),
         ({"draft_vocab_size": 12}, "draft_vocab_size"),
+        ({"conv_kernel_size": 2}, "conv_kernel_size"),
     ],
     ids=str,
 )

@@ -363,6 +363,19 @@ READ = [
         dflash({"conv_kernel_size": 3, "conv_group_size": 16}),
         PLAIN | convolutions(3, 16),
     ),
+    Published(
+        "DFlash-2, flat",
+        dflash(
+            DFLASH2,
+            architectures=["DFlash2DraftModel"],
+            dflash_config=None,
+            target_layer_ids=TAPS,
+            mask_token_id=MASK,
+            **sliding(window=3),
+            **DFLASH2,
+        ),
+        PLAIN | selector() | convolutions(),
+    ),
     Published("selector, no convolutions", dflash({"selector_rank": 4, "selector_top_k": 5}), PLAIN | selector()),
     Published("transformers native", native(), native_names(PLAIN)),
     Published(

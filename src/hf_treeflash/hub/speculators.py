@@ -106,6 +106,7 @@ def _check_reads_back(config, stored: dict[str, Any]) -> None:
     """Refuse what would be run in another way by whoever reads the stored form."""
     read = TreeFlashConfig(**read_layout(stored).values)
     aside = {"ar_head", "num_target_layers", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
+    aside |= {"head_rank", "head_gated", "selector_top_k"}  # of the head that was dropped
     if "sliding_attention" not in config.layer_types:
         aside.add("window_rule")
     for name in sorted(set(TreeFlashConfig.__annotations__) - aside):
