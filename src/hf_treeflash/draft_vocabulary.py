@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .memory import recall, remember, stamp
+
+logger = logging.get_logger(__name__)
 
 
 def kept_tokens(d2t: torch.Tensor) -> torch.Tensor:
@@ -94,4 +97,42 @@ def kept_rows(lm_head: nn.Linear, d2t: torch.Tensor) -> nn.Linear:
     return rows
 
 
-__all__ = ["kept_rows", "kept_tokens", "offsets", "shows_rows"]
+@torch.no_grad()
+def compare_output_rows(target, drafter) -> None:
+    """Say so, once per pair, if a drafter's own output layer is no copy of the target's rows, as published ones are.
+
+    It drafts with what is stored either way: one that was trained is right, and the text is the target's in any case.
+
+    Args:
+        target ([`PreTrainedModel`]), drafter ([`TreeFlashDraftModel`]):
+            The pair; the drafter has a `draft_lm_head`.
+
+    Raises:
+        ValueError: If the vocabulary holds tokens that the target does not know.
+    """
+    if recall("output rows", drafter, target):
+        return
+    weight, layer, kept = drafter.draft_lm_head.weight, target.get_output_embeddings(), kept_tokens(drafter.d2t)
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    if int(kept.min()) < 0 or int(kept.max()) >= vocab_size:
+        raise ValueError(
+            f"The drafter does not fit this target: its reduced vocabulary (`d2t`) names tokens {int(kept.min())} to "
+            f"{int(kept.max())}, the target's has {vocab_size}."
+        )
+    remember("output rows", True, drafter, target)
+    if shows_rows(layer) is not None:
+        return
+    difference = norm = 0.0
+    for rows, own in zip(kept.split(8192), weight.split(8192), strict=True):  # a whole layer in float32 takes much
+        theirs = layer.weight.index_select(0, rows.to(layer.weight.device)).float()
+        difference += float((own.to(theirs.device).float() - theirs).square().sum())
+        norm += float(theirs.square().sum())
+    if difference > 1e-4 * norm:  # what rounding to bfloat16 does is a thousandth of the norm
+        logger.warning(
+            "The output layer that the drafter holds for its reduced vocabulary is no copy of this target's rows (off "
+            f"by {100 * (difference / max(norm, 1e-30)) ** 0.5:.0f} % of their norm). It is used as stored. Unless it "
+            "was trained, the drafter was made for another target."
+        )
+
+
+__all__ = ["compare_output_rows", "kept_rows", "kept_tokens", "offsets", "shows_rows"]

@@ -8,10 +8,10 @@ from transformers.generation import GenerationMode
 
 from .compat import CACHE
 from .draft_head import check_head, home_of
+from .draft_vocabulary import compare_output_rows
 from .hybrids import check_layers, recurrent_layers
 from .knobs import DraftingKnobs
 from .protocols import Drafter, Target
-from .reduced_vocabulary import compare_output_rows
 from .taps import decoder_layers
 
 PADDED_ROWS = 256  # that padding or new tokens may add to a vocabulary

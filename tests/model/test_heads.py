@@ -102,20 +102,14 @@ def test_trees_are_the_likeliest_paths_of_all(target, fields, budget, builder):
 
 @every_head
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("draft_vocab", [None, 3])
-def test_rows_on_demand_give_the_same_trees(target, fields, batch, draft_vocab):
+def test_rows_on_demand_give_the_same_trees(target, fields, batch):
     drafter = tiny_drafter(**fields)
     inputs = drafting_inputs(drafter, target, batch=batch)
-
-    def lm_head(states, tokens=None):
-        logits = target.lm_head(states)
-        return logits if tokens is None else logits[..., tokens]
-
     for noise in (None, noise_of(batch, drafter.config.num_drafted)):
-        options = {"knobs": DraftingKnobs(num_candidates=5, branching=4, draft_vocab=draft_vocab), "draw_noise": noise}
-        whole = build_tree(drafter.draft(*inputs[:3], lm_head, **options), inputs[0], 20)
+        options = {"knobs": DraftingKnobs(num_candidates=5, branching=4), "draw_noise": noise}
+        whole = build_tree(drafter.draft(*inputs, **options), inputs[0], 20)
         for likely in (20, 0):
-            tree = build_tree(drafter.draft(*inputs[:3], lm_head, **options, on_demand=likely), inputs[0], 20)
+            tree = build_tree(drafter.draft(*inputs, **options, on_demand=likely), inputs[0], 20)
             assert torch.equal(tree.token_ids, whole.token_ids) and torch.equal(tree.parents, whole.parents)
             torch.testing.assert_close(tree.path_log_probs, whole.path_log_probs)
 
@@ -136,9 +130,7 @@ def test_greedy_texts_are_those_of_plain_decoding(target, fields, cache, caplog)
 
 
 @every_head
-@pytest.mark.parametrize(
-    "knobs", [{}, {"draft_vocab": 3}, {"draft_lm_head": "float8"}, {"cache_implementation": "static"}], ids=str
-)
+@pytest.mark.parametrize("knobs", [{}, {"draft_lm_head": "float8"}, {"cache_implementation": "static"}], ids=str)
 def test_same_seed_same_text_as_plain_sampling(target, fields, knobs):
     drafter, settings = tiny_drafter(**fields), {"do_sample": True, "temperature": 0.8, "top_k": 0}
     cache = {name: knobs[name] for name in knobs if name == "cache_implementation"}
@@ -186,6 +178,11 @@ def test_vectors_for_another_vocabulary_are_refused(target):
     refuse(target, drafter, "vocab_size")
     with pytest.raises(ValueError, match="vocab_size"):
         tiny_drafter(**HEADS["markov"], vocab_size=None)
+
+
+def test_other_tokens_than_it_has_vectors_for_are_refused():
+    with pytest.raises(ValueError, match="ar_head='markov'"):
+        tiny_drafter(**HEADS["markov"]).set_draft_vocabulary(torch.arange(4))
 
 
 class TestReducedVocabulary:

@@ -109,23 +109,23 @@ class TreeFlashTrainer(Trainer):
         if self.loss_vocabulary is not None:
             labels, vocabulary = self.loss_vocabulary.places[labels], self.loss_vocabulary.draw()
         output_layer = output_layer_of(self.target, drafter, vocabulary)
-        groups = [(drafts, output_layer)]
+        groups, own = [drafts], None
         if "" in drafts and drafter.ar_head.reads_marginals:  # its logits are not the output layer's alone
             token_ids = None if vocabulary is None else vocabulary.token_ids
-            by_head = functools.partial(drafter.ar_head.logits, lm_head=output_layer, token_ids=token_ids)
-            layers = {"base_": output_layer, "": by_head}
-            groups = [({prefix: rows}, layers[prefix]) for prefix, rows in drafts.items()]
+            own = functools.partial(drafter.ar_head.logits, lm_head=output_layer, token_ids=token_ids)
+            groups = [{prefix: rows} for prefix, rows in drafts.items()]
         scores: dict[str, RowScores] = {}
-        for group, layer in groups:
+        for group in groups:
+            by_head = own if "" in group else None
             scored = score_rows(
-                layer,
+                by_head or output_layer,
                 torch.stack(list(group.values())),
                 labels.clamp(min=0),
                 blocks.teacher_states if self.args.loss == "kl" else None,
                 teacher_head=output_layer_of(self.target, vocabulary=vocabulary),
                 num_candidates=drafter.generation_config.num_candidates,
                 chunk_rows=self.args.loss_chunk_rows,
-                is_frozen=layer is output_layer,
+                is_frozen=by_head is None,
             )
             scores |= {prefix: RowScores(*parts) for prefix, *parts in zip(group, *scored, strict=True)}
         return scores, labels >= 0
