@@ -72,7 +72,7 @@ def test_demo_shows_the_chat_model_where_its_drafter_is(places, monkeypatch, tmp
     (tmp_path / demo.CHAT_PROMPTS).write_text(json.dumps(kinds))
     monkeypatch.setattr(demo, "CHAT", tmp_path)
     monkeypatch.setattr(demo, "smollm2", lambda: places["--target"])
-    short = ("--max-new-tokens", 6, "--repeats", 1)
+    short = ("--max-new-tokens", 8, "--repeats", 1)
     output = run("demo", *short)
     assert output.count("The target continues a chat") == output.count("The target continues a code") == 1
     assert "a chat" not in run("demo", "--tiny", *short)

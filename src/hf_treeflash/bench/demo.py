@@ -24,7 +24,7 @@ from .tables import table_rows
 EMBEDDED = Path(__file__).parents[1] / "tiny"
 # A drafter for a chat model, and prompts; in the repository, not in the package.
 CHAT = Path(__file__).parents[3] / "drafters"
-CHAT_DRAFTER, CHAT_PROMPTS, CHAT_KINDS = "smollm2-135m-instruct-treeflash", "prompts_held_out.json", ("chat", "code")
+CHAT_DRAFTER, CHAT_PROMPTS = "smollm2-135m-instruct-treeflash", "prompts_held_out.json"
 ACCEPTED, CHOSEN = "green", "bold yellow"
 MEASURED_PROMPTS, SHOWN_NODES = 2, 22
 
@@ -95,11 +95,11 @@ def chat_pair(console: Console) -> tuple[str, str] | None:
 
 
 def read_prompts(file: Path) -> list[dict[str, str]]:
-    """Return the prompts to show: the first of each kind, or the first ones where they are of no kind."""
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    if "kind" in rows[0]:
-        return [next(row for row in rows if row["kind"] == kind) for kind in CHAT_KINDS]
-    return rows[:MEASURED_PROMPTS]
+    """Return the prompts to show: the first ones, of different kinds where they name a kind."""
+    by_kind: dict[Any, dict[str, str]] = {}
+    for index, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        by_kind.setdefault(row.get("kind", index), row)
+    return list(by_kind.values())[:MEASURED_PROMPTS]
 
 
 def stream(target, tokenizer, drafter, prompt: torch.Tensor, max_new_tokens: int, console: Console) -> list[list[int]]:
