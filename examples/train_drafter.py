@@ -58,7 +58,7 @@ class DataArguments:
     chats: str | None = field(default=None, metadata={"help": "JSONL file of chats, or a data set of `datasets`"})
     text: list[str] | None = field(default=None, metadata={"help": "plain text files, instead of chats"})
     self_prompts: int = field(default=0, metadata={"help": "prompts that a chat target writes itself"})
-    samples: list[str] | None = field(default=None, metadata={"help": "files of answered prompts, as `regenerate` writes"})
+    samples: list[str] | None = field(default=None, metadata={"help": "files that `regenerate` wrote"})
     enable_thinking: bool = field(default=False, metadata={"help": "the chat template's thinking mode"})
     prompts: int = field(default=5000, metadata={"help": "prompts at most"})
     prompt_length: int = field(default=64, metadata={"help": "tokens per prompt, for text"})

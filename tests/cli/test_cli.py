@@ -66,6 +66,25 @@ def test_demo_shows_stream_tree_and_table(places):
     assert "The tree of one round" in output and "TreeFlash tree" in output and "yes" in output
 
 
+def test_demo_shows_the_chat_model_where_its_drafter_is(places, monkeypatch, tmp_path):
+    (tmp_path / demo.CHAT_DRAFTER).symlink_to(places["--drafter"])
+    kinds = [{"kind": kind, "source": f"a {kind}", "prompt": "abcd"} for kind in ("chat", "chat", "code")]
+    (tmp_path / demo.CHAT_PROMPTS).write_text(json.dumps(kinds))
+    monkeypatch.setattr(demo, "CHAT", tmp_path)
+    monkeypatch.setattr(demo, "smollm2", lambda: places["--target"])
+    short = ("--max-new-tokens", 8, "--repeats", 1)
+    output = run("demo", *short)
+    assert output.count("The target continues a chat") == output.count("The target continues a code") == 1
+    assert "a chat" not in run("demo", "--tiny", *short)
+
+    def nowhere():
+        raise RuntimeError("neither here nor there")
+
+    monkeypatch.setattr(demo, "smollm2", nowhere)
+    output = run("demo", *short)
+    assert "Showing the embedded pair: neither here nor there" in output and "a chat" not in output
+
+
 def test_demo_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "EMBEDDED", tmp_path / "none")
     result = typer_testing.CliRunner().invoke(app, ["demo"])

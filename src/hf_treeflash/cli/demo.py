@@ -18,8 +18,9 @@ def demo(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=8, max=4096)] = 96,
     repeats: options.Repeats = 5,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The embedded pair, though a chat model is at hand.")] = False,
 ) -> None:
-    """Watch a small embedded pair draft trees: a coloured stream, one tree, a table. Works offline."""
+    """Watch a pair draft trees: coloured streams, one tree, a table. SmolLM2 in a checkout, else an embedded pair."""
     given = [value is not None for value in (target, drafter, prompts)]
     if any(given) and not all(given):
         raise typer.BadParameter("Give --target, --drafter and --prompts together, or none of them.")
@@ -30,4 +31,4 @@ def demo(
     if not any(given) and not shown.EMBEDDED.exists():
         raise typer.BadParameter("This installation has no embedded pair: give --target, --drafter and --prompts.")
     install_hook()
-    shown.run(target, drafter, prompts, max_new_tokens=max_new_tokens, repeats=repeats)
+    shown.run(target, drafter, prompts, tiny=tiny, max_new_tokens=max_new_tokens, repeats=repeats)

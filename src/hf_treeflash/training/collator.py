@@ -72,7 +72,7 @@ class AnchorCollator:
             batch["anchor_mask"][index, : len(chosen)] = True
         if self.states is not None:
             taps, final = zip(*(self.states(row.tolist()) for row in rows), strict=True)
-            batch["taps"], batch["final"] = pad_sequence(taps, True), pad_sequence(final, True)
+            batch["taps"], batch["final"] = pad_sequence(list(taps), True), pad_sequence(list(final), True)
         return batch
 
     def _anchors(self, row: torch.Tensor, prompt_length: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Responses from a server that already runs the target: vLLM, SGLang, `transformers serve`, any that speaks OpenAI's API."""
+"""Responses of a server that already runs the target, by OpenAI's API: vLLM, SGLang, `transformers serve`."""
 
 import json
 import os

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -121,8 +122,8 @@ def self_prompts(
             if empty == MOST_EMPTY_BATCHES:
                 raise RuntimeError(
                     f"The target wrote no new prompt in {empty} batches: its user turns do not end within "
-                    f"{max_new_tokens} tokens, or repeat each other. Raise `max_new_tokens`, give other `openings`, or "
-                    "use prompts of your own."
+                    f"{max_new_tokens} tokens, or repeat each other. Raise `max_new_tokens`, give other `openings`, "
+                    "or use prompts of your own."
                 )
     return chat_prompts(tokenizer, output_file, enable_thinking=enable_thinking)[:count]
 
@@ -184,7 +185,7 @@ class NearDuplicates:
 
     def adds(self, ids: Sequence[int]) -> bool:
         """Take a text in unless it is too short or nearly repeats an earlier one; return whether it was taken."""
-        pairs = set(zip(ids, ids[1:], strict=False))
+        pairs = set(pairwise(ids))
         common = Counter(index for pair in pairs for index in self.texts_with.get(pair, ()))
         alike = any(n >= ALIKE * (len(pairs) + self.sizes[index] - n) for index, n in common.items())
         if len(ids) < SHORTEST or alike:

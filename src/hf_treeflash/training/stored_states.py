@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .blocks import target_states
 
 SHARD_BYTES = 256 << 20
-# How far states may be from fresh ones of the same target, whose order of additions may differ, as a share of their norm.
+# How far states may be from fresh ones of the same target on another machine, as a share of their norm.
 TOLERANCE = 0.05
 
 
@@ -77,14 +77,14 @@ class StoredStates:
             self._open[shard] = safe_open(shard, "pt")
         return tuple(self._open[shard].get_slice(name)[start:end] for name in ("taps", "final"))
 
-    def _computed(self, samples: Iterable[list[int]]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    def _computed(self, samples: Iterable[Sequence[int]]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         # One sample a pass, so that its states do not depend on its neighbours.
         for sample in samples:
-            ids = torch.tensor([sample], device=self.target.device)
+            ids = torch.tensor([list(sample)], device=self.target.device)
             taps, final = target_states(self.target, ids, self.layer_ids)
             yield key_of(sample), taps[0].to("cpu", self.dtype), final[0].to("cpu", self.dtype)
 
-    def _check(self, sample: list[int]) -> None:
+    def _check(self, sample: Sequence[int]) -> None:
         [(_, *fresh)] = self._computed([sample])
         for kept, computed in zip(self(sample), fresh, strict=True):
             if (kept.float() - computed.float()).norm() > TOLERANCE * computed.float().norm():
@@ -108,7 +108,8 @@ class StoredStates:
             contents = file.metadata()
         if contents["made"] != self.made:
             raise ValueError(
-                f"{shard} holds states of {contents['made']}, wanted are {self.made}. Name another folder, or remove it."
+                f"{shard} holds states of {contents['made']}, wanted are {self.made}. Name another folder, or "
+                "remove it."
             )
         start = 0
         for key, length in json.loads(contents["lengths"]).items():
