@@ -7,7 +7,7 @@ PAIR := --target $(TINY)/target --drafter $(TINY)/drafter --prompts $(TINY)/prom
 EXTRAS := cli,plot,train,kernels
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest check bench gpu tiny clean
+.PHONY: demo test test-oldest harness check bench gpu tiny clean
 
 demo: $(VENV)/installed  ## Generate with the embedded pair, plain and with every way of drafting
 	$(BIN)/hf-treeflash demo
@@ -17,6 +17,9 @@ test: $(VENV)/installed  ## The whole suite
 
 test-oldest: $(VENV)-oldest/installed  ## The same on the oldest supported transformers, and int8 targets by torchao
 	$(VENV)-oldest/bin/python -m pytest -n 2 --ignore tests/kernels --ignore tests/training --ignore tests/cli
+
+harness: $(VENV)/harness-installed  ## lm_eval, TRL and PEFT beside a drafter; elsewhere these tests skip
+	$(BIN)/python -m pytest tests/harness
 
 check: $(VENV)/installed  ## Lint, format, types
 	$(BIN)/ruff check .
@@ -41,6 +44,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]" --group dev
+	touch $@
+
+$(VENV)/harness-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group harness
 	touch $@
 
 $(VENV)-oldest/installed: pyproject.toml constraints.txt
