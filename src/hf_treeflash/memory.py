@@ -22,8 +22,8 @@ def remember(what: str, value: Any, *owners: Any) -> None:
     """
     key = (what, *map(id, owners))
 
-    def drop(_: weakref.ref) -> None:
-        _kept.pop(key, None)
+    def drop(_: weakref.ref, kept=_kept) -> None:  # at the interpreter's end the module may be gone
+        kept.pop(key, None)
 
     _kept[key] = value, [weakref.ref(owner, drop) for owner in owners]
 

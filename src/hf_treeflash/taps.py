@@ -61,7 +61,11 @@ class Taps:
     def __init__(self, target, layer_ids: list[int]):
         self.name, self.layer_ids = type(target).__name__, layer_ids
         self.count = len(decoder_layers(target) or ())
-        self.model_kwargs = {"output_hidden_states": True} if is_compiled(target) else {}
+        self.asks = is_compiled(target)
+        self.model_kwargs: dict[str, Any] = {"output_hidden_states": True} if self.asks else {}
+        if getattr(target.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+            # Layers that share keys and values read the prompt's last token alone, unless it is asked for in this way.
+            self.model_kwargs["logits_to_keep"] = torch.tensor([-1], device=target.device)
         self.owner, self.begun = threading.get_ident(), 0
         self.latest: dict[int, torch.Tensor] = {}
         self.collected: list[torch.Tensor] = []
@@ -83,7 +87,7 @@ class Taps:
         Raises:
             RuntimeError: If none arrived.
         """
-        if self.model_kwargs:
+        if self.asks:
             states = getattr(outputs, "hidden_states", None) or ()
             if len(states) == self.count + 1:
                 self._collect({i: states[i + 1] for i in self.layer_ids})
@@ -102,7 +106,7 @@ class Taps:
         """Set the hooks while the context is open."""
         decoder, layers = decoder_of(target), decoder_layers(target)
         handles = []
-        if not self.model_kwargs and layers is not None:
+        if not self.asks and layers is not None:
             final = self.count - 1
             modules = {i: decoder if i == final else layers[i] for i in self.layer_ids if i >= 0}
             handles = [module.register_forward_hook(self._keep(i)) for i, module in modules.items()]

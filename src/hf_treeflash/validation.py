@@ -136,6 +136,11 @@ def check_family(target: Target) -> None:
             f"{type(target).__name__} keeps only the last loop's keys and values (`recurrent_kv_cache_mode`), which "
             "makes what a token gives depend on what else is in its pass. Set the mode to 'per_loop'."
         )
+    if (states := getattr(config, "altup_num_inputs", 1)) > 1:
+        raise ValueError(
+            f"Layer 0 of {type(target).__name__}, like all of its layers, gives several states per token "
+            f"(`altup_num_inputs` is {states}), where a drafter reads one. It has no drafters yet."
+        )
     if decoder_layers(target) is None:
         raise ValueError(
             f"{type(target).__name__} does not keep its decoder layers in `layers` or `h`, where drafters read."

@@ -232,6 +232,23 @@ REFUSED: list[tuple[Family, str]] = [
         ),
         "splits its channels into heads with a state each",
     ),
+    (
+        Family(
+            "Gemma 3n",
+            "Gemma3nTextConfig",
+            {
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 2,
+                "vocab_size_per_layer_input": 24,
+                "hidden_size_per_layer_input": 8,
+                "laurel_rank": 8,
+                "altup_num_inputs": 2,
+                "activation_sparsity_pattern": [0.0] * 4,
+            },
+            "full and sliding, several states per token",
+        ),
+        "gives several states per token",
+    ),
     (Family("Inkling", "InklingTextConfig", {}, "convolutions in attention"), "keep several convolutions each"),
     (
         Family(

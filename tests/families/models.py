@@ -97,6 +97,18 @@ FAMILIES = [
         {"sliding_window": 12, "query_pre_attn_scalar": 8, "layer_types": MIXED},
         "full and sliding, two rotary bases, scaled embeddings",
     ),
+    Family(
+        "Gemma 4",
+        "Gemma4TextConfig",
+        {
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 24,
+            "hidden_size_per_layer_input": 8,
+        },
+        "full and sliding, the last layers share keys and values",
+    ),
     Family("Phi-3", "Phi3Config", {"sliding_window": 12}, "sliding window, fused projections"),
     Family(
         "OPT",

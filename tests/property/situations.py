@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPTNeoXConfig, WatermarkingConfig
 
+from hf_treeflash.compat import CACHE
 from tests.families.hybrids import HYBRIDS
 from tests.families.models import FAMILIES
 from tests.helpers.pair_on_disk import letter_tokenizer
@@ -27,12 +28,13 @@ ATTENTION |= {
     "Gemma 3": {"layer_types": ["sliding_attention", "full_attention"]},
     "GPT-OSS": {"layer_types": ["sliding_attention", "full_attention"]},
     "Llama 4": {},
-    "OPT": {"word_embed_proj_dim": 16},
+    "OPT": {"word_embed_proj_dim": 16, "dropout": 0.0},
 }
 OTHERS = {
-    "GPT-2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, **SPECIAL),
+    "GPT-2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, **SPECIAL, **CALM),
     "GPT-NeoX": lambda: GPTNeoXConfig(**SHAPE | {"num_hidden_layers": 2}),
 }
+CALM = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SPECIAL = {"initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": PAD}
 RECURRENT = "Qwen3.5", "Bamba", "Falcon-H1", "LFM2", "LFM3", "Granite-4-hybrid", "OLMo-hybrid"
 BY_NAME = {family.name: family for family in [*FAMILIES, *HYBRIDS]}
@@ -52,7 +54,8 @@ ROPES: dict[str, dict] = {
     "longrope": {"rope_type": "longrope", "factor": 4.0, **LONG},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
 }
-TAKES_ROPES = "Llama", "Mistral", "Qwen2", "OLMo-2", "Phi-3"
+TAKES_ROPES = {name: list(ROPES) for name in ("Llama", "Mistral", "Qwen2", "OLMo-2")}
+TAKES_ROPES["Phi-3"] = ["default", "longrope"]
 
 
 @functools.cache
@@ -90,6 +93,8 @@ class Situation:
         objects (`list`): Kinds of what the caller brings, made anew for each of the two ways.
         quotes (`bool`): Whether the drafter knows the text, so that drafts are accepted.
         wrap (`str`): How the drafter is handed over.
+        embeds, gaps, given (`bool`): Prompts as embeddings, with gaps, or with a cache of the caller's.
+        mixed (`int`, *optional*): The turn that is written without the drafter.
     """
 
     seed: int
@@ -107,6 +112,9 @@ class Situation:
     turns: int
     training: bool
     embeds: bool
+    gaps: bool
+    given: bool
+    mixed: int | None
     head: bool
 
     @property
@@ -141,12 +149,34 @@ class Situation:
         for row, length in enumerate(self.lengths):
             mask[row, : longest - length] = 0
         ids = ids.masked_fill(mask == 0, PAD)
-        if self.embeds:
-            return {"inputs_embeds": target.get_input_embeddings()(ids).detach(), "attention_mask": mask}
-        return {"input_ids": ids, "attention_mask": mask}
+        if self.gaps:  # padding that is not on the left
+            mask[0, longest // 2] = 0
+        inputs: dict[str, Any] = {"attention_mask": mask}
+        inputs |= {"inputs_embeds": target.get_input_embeddings()(ids).detach()} if self.embeds else {"input_ids": ids}
+        if self.given:
+            inputs[CACHE] = DynamicCache(config=target.config)
+        return inputs
 
 
-def draw_settings(draws: random.Random, rows: int) -> dict:
+# What `generate` makes processors of by itself.
+STOCK: list[dict] = [
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {"suppress_tokens": [5, 6]},
+    {"begin_suppress_tokens": [4, 5, 6, 7]},
+    {"bad_words_ids": [[5], [7, 8]]},
+    {"sequence_bias": [[[9], 1.5], [[4, 6], 3.0]]},
+    {"encoder_repetition_penalty": 1.2},
+    {"encoder_no_repeat_ngram_size": 3},
+    {"forced_eos_token_id": 3},
+    {"forced_bos_token_id": 4},
+    {"renormalize_logits": True},
+    {"guidance_scale": 1.5},
+    {"watermarking_config": WatermarkingConfig(bias=2.0, context_width=1)},
+]
+
+
+def draw_settings(draws: random.Random) -> dict:
     """Return stops, sampling and outputs of a call."""
     tokens = [None, None, draws.randrange(VOCAB), draws.sample(range(VOCAB), 3)]
     settings: dict[str, Any] = {"eos_token_id": draws.choice(tokens), "pad_token_id": PAD}
@@ -161,16 +191,23 @@ def draw_settings(draws: random.Random, rows: int) -> dict:
         settings |= {"top_k": 0} | draws.choice(samplers)
         if draws.random() < 0.25:
             settings["num_return_sequences"] = draws.randint(2, 3)
-    stock = [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"suppress_tokens": [5, 6]}, {}, {}, {}, {}]
-    settings |= draws.choice(stock)
+    if draws.random() < 0.5:
+        settings |= draws.choice(STOCK)
     if draws.random() < 0.5:
         settings["return_dict_in_generate"] = True
-        outputs = [[], ["output_scores"], ["output_logits", "output_scores"], ["output_hidden_states"]]
+        outputs = [
+            [],
+            ["output_scores"],
+            ["output_logits", "output_scores"],
+            ["output_hidden_states", "output_logits"],
+        ]
         settings |= dict.fromkeys(draws.choice(outputs), True)
-    if draws.random() < 0.12:
-        settings["cache_implementation"] = "static"
+    if draws.random() < 0.2:
+        settings["cache_implementation"] = draws.choice(["static", "static", "dynamic"])
     if draws.random() < 0.1:
         settings["use_cache"] = draws.random() < 0.9
+    if draws.random() < 0.05:
+        settings["prefill_chunk_size"] = draws.randint(1, 5)
     return settings
 
 
@@ -180,9 +217,10 @@ def draw(seed: int) -> Situation:
     name = draws.choice(RECURRENT if draws.random() < 0.12 else [*ATTENTION, *OTHERS, *TAKES_ROPES])
     batch = draws.choice([1, 1, 2, 3, 4])
     lengths = [draws.randint(1, 14) for _ in range(batch)]
-    settings = draw_settings(draws, batch)
+    longest = max(lengths)
+    settings = draw_settings(draws)
     training = draws.random() < 0.06
-    turns = 2 if draws.random() < 0.25 and "cache_implementation" not in settings else 1
+    turns = 2 if draws.random() < 0.25 and settings.get("cache_implementation") != "static" else 1
     if turns == 2:
         settings |= {"return_dict_in_generate": True}
         settings.pop("num_return_sequences", None)
@@ -190,11 +228,12 @@ def draw(seed: int) -> Situation:
     if draws.random() < 0.3:
         window = {"draft_window": draws.choice([None, 3, 12]), "draft_temperature": draws.choice([0.5, 1.0, 2.0])}
         knobs |= {"num_candidates": draws.randint(1, 12), "branching": draws.randint(1, 12), **window}
+        knobs["draft_vocab"] = draws.choice([None, 8])
     quotes = draws.random() < 0.5
     return Situation(
         seed=seed,
         name=name,
-        rope=draws.choice(list(ROPES)) if name in TAKES_ROPES and draws.random() < 0.7 else "default",
+        rope=draws.choice(TAKES_ROPES.get(name, ["default"])),
         attention=draws.choice(["sdpa", "sdpa", "eager"]),
         lengths=lengths,
         settings=settings,
@@ -207,6 +246,9 @@ def draw(seed: int) -> Situation:
         turns=turns,
         training=training,
         embeds=draws.random() < 0.06 and turns == 1,
+        gaps=draws.random() < 0.05 and longest > 3,
+        given=draws.random() < 0.1 and "cache_implementation" not in settings,
+        mixed=draws.choice([None, None, 0, 1]) if turns == 2 else None,
         head=draws.random() < 0.7,
     )
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, strategies
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tests.families.models import FAMILIES
+from tests.helpers.ties import TIE, gap_at_first_difference
 from tests.helpers.tiny import tiny_drafter, with_knobs
 
 CASES = int(os.environ.get("HF_TREEFLASH_CASES", 0))
@@ -22,7 +23,6 @@ SEED = int(os.environ.get("HF_TREEFLASH_SEED", random.SystemRandom().randrange(2
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 NAMES = ("Llama", "Mistral", "Qwen2", "Qwen3, sliding layers", "Qwen3-MoE", "Gemma 2", "Gemma 3", "OLMo-2", "GPT-OSS")
 BY_NAME = {family.name: family for family in FAMILIES if family.name in NAMES}
-TIE = 1e-4  # rounding may decide between two tokens this close
 
 
 def profile(cases: int):
@@ -152,19 +152,6 @@ def processors(draw, ends: bool):
     if not ends:  # plain decoding cannot hasten an end that does not exist
         settings.pop("exponential_decay_length_penalty", None)
     return settings
-
-
-def gap_at_first_difference(plain, tree: torch.Tensor) -> float:
-    """Return the smallest distance of plain decoding's two best scores where rows first differ."""
-    start = plain.sequences.shape[1] - len(plain.scores)
-    gaps = []
-    for row, ids in enumerate(plain.sequences):
-        width = min(len(ids), tree.shape[1])
-        differs = (ids[:width] != tree[row, :width]).nonzero()
-        if len(differs):
-            best = plain.scores[int(differs[0]) - start][row].topk(2).values
-            gaps.append(float(best[0] - best[1]))
-    return min(gaps, default=float("inf"))
 
 
 counts = {"cases": 0, "discarded": 0}
