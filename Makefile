@@ -7,7 +7,7 @@ PAIR := --target $(TINY)/target --drafter $(TINY)/drafter --prompts $(TINY)/prom
 EXTRAS := cli,plot,train,kernels
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest check bench gpu tiny clean
+.PHONY: demo test test-oldest check docs bench gpu tiny clean
 
 demo: $(VENV)/installed  ## Generate with the embedded pair, plain and with every way of drafting
 	$(BIN)/hf-treeflash demo
@@ -22,6 +22,9 @@ check: $(VENV)/installed  ## Lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)-docs/installed  ## The documentation as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --site-dir build/site
 
 bench: $(VENV)/installed  ## Speed on the embedded pair: arms, budgets, and where a round's time goes
 	$(BIN)/python benchmarks/end_to_end.py $(PAIR) --limit 4 --tree-budgets 16 64 auto
@@ -53,5 +56,12 @@ $(VENV)-oldest/installed: pyproject.toml constraints.txt
 		--editable ".[$(EXTRAS)]" --group dev --group quantised
 	touch $@
 
+# Pages are made from the sources, without importing them.
+$(VENV)-docs/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
