@@ -11,9 +11,7 @@ from tests.docs.blocks import FENCE, ROOT
 REPOSITORY = "https://github.com/hf-treeflash/hf_treeflash"
 RAW = "https://raw.githubusercontent.com/hf-treeflash/hf_treeflash/main/"
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
-PAGES = sorted([*(page for folder in (".", "docs", "hub_cards", "tests") for page in (ROOT / folder).glob("*.md"))])
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("hub_cards/*.md"), ROOT / "tests" / "README.md"]
-)
+PAGES = sorted(page for folder in (".", "docs", "hub_cards", "tests") for page in (ROOT / folder).glob("*.md"))
 
 
 def links_of(page: Path) -> list[str]:
