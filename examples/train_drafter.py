@@ -4,7 +4,7 @@ The responses are the target's own: prompts are read from chats or text, and the
 a server that already runs it (`--endpoint http://localhost:8000/v1`).
 
     python examples/train_drafter.py --target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16 \\
-        --chats HuggingFaceH4/CodeAlpaca_20K --no_enable_thinking --output_dir build/head --bf16
+        --chats HuggingFaceH4/CodeAlpaca_20K --output_dir build/head --bf16
 
 A head for a drafter that has none, on a laptop's CPU and from nothing but Python's own sources:
 

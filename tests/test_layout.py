@@ -45,7 +45,7 @@ REACH = {
     "tracing": {"", "bench"},
     "training": {"", "bench"},
     "hub": {"", "bench"},
-    "cli": {"", "bench", "hub", "training"},
+    "cli": {"", "bench", "hub", "tracing", "training"},
 }
 FRONT_DOORS = {"", "__main__"}
 

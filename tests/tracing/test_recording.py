@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hf_treeflash
+from hf_treeflash.budget import auto_budget
 from hf_treeflash.decoding import TreeDecoding
 from hf_treeflash.generation import DECODING
 from hf_treeflash.tracing import round_picture, write_trace
@@ -129,6 +130,17 @@ def test_what_lookup_found_is_told_from_what_was_drafted(pair):
     trace, _ = traced(pair, ids)
     (text,) = trace.texts
     assert not any(any(round.found) for round in text.rounds)
+
+
+def test_an_automatic_budget_learns_nothing_from_a_trace():
+    target, drafter = tiny_target(), tiny_drafter()
+    target.generation_config.eos_token_id = None
+    drafter.generation_config.tree_budget = "auto"
+    untraced((target, drafter))
+    kept = auto_budget(drafter, 1)
+    before = repr(vars(kept))
+    traced((target, drafter))
+    assert auto_budget(drafter, 1) is kept and repr(vars(kept)) == before
 
 
 def test_another_thread_is_not_traced(pair):

@@ -19,6 +19,7 @@ from .failures import DEBUG, Commands
 from .generate import generate
 from .inspect import inspect
 from .push import push
+from .trace import trace
 from .train import train
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(check)
 app.command()(inspect)
+app.command()(trace)
 app.command()(env)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command()(export)

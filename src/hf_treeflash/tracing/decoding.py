@@ -1,5 +1,6 @@
 """The decoding loop with somebody looking on: each verb is timed, and each walk is written down."""
 
+import copy
 import os
 
 import torch
@@ -30,6 +31,7 @@ class TracedDecoding(TreeDecoding):
         super().__init__(*others, **call)
         if getattr(self.generation_config, "_treeflash_static", False):
             logger.warning_once("A traced call runs with dynamic caches instead of static ones; the text is the same.")
+        self.auto = copy.deepcopy(self.auto)  # what it learns from rounds that are looked at is not kept
         self.stopwatch = Stopwatch(self.input_ids.device)
         mask = self.model_kwargs.get("attention_mask")
         prompts = [self.input_ids[row] for row in range(len(self.input_ids))]

@@ -75,8 +75,8 @@ class TracedRound:
         norms = logits.logsumexp(dim=-1)  # (nodes,)
 
         def target_of(nodes: list[int], tokens: list[int]) -> list[float]:
-            at = torch.tensor(nodes, device=logits.device)
-            chosen = logits[at, torch.tensor(tokens, device=logits.device)]
+            at, chosen_ids = torch.tensor([nodes, tokens], dtype=torch.long, device=logits.device)
+            chosen = logits[at, chosen_ids]
             return (chosen - norms[at]).exp().tolist()
 
         return cls(
