@@ -20,6 +20,7 @@ from .generate import generate
 from .inspect import inspect
 from .push import push
 from .train import train
+from .vocabulary import vocabulary
 
 app = typer.Typer(
     cls=Commands,
@@ -58,5 +59,6 @@ app.command()(check)
 app.command()(inspect)
 app.command()(env)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command()(vocabulary)
 app.command()(export)
 app.command()(push)
