@@ -6,6 +6,7 @@ Longer than 300 lines, so that the loop and each of its verbs can be read in one
 import dataclasses
 import functools
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.nn import functional
@@ -25,12 +26,13 @@ from .lookup import PromptLookup
 from .noise import Noise
 from .outputs import Recorder
 from .plain import plain_step
+from .products import quick_products
 from .protocols import Drafter, Target
 from .ranks import Ranks
 from .round_state import RoundState
 from .rows import Rows
 from .sequences import Sequences
-from .taps import Taps, tapped_states
+from .taps import Taps, is_compiled, tapped_states
 from .tree import DraftTree, chains, root_only
 from .verify import Verdict, Verifier
 from .walker import Walker
@@ -119,7 +121,7 @@ class TreeDecoding:
         """
         try:
             while state.rows:
-                with recording_past(state.prefix.cache):
+                with recording_past(state.prefix.cache), self.quick_layers():
                     while state.rows and not self.exactness.is_border(state, self.sequences):
                         self.round(state)
                 if state.rows:
@@ -128,6 +130,12 @@ class TreeDecoding:
             state.prefix.rollback()
             state.prefix.restore_rows()
             raise
+
+    def quick_layers(self) -> AbstractContextManager:
+        """While rounds run, layers of both models multiply their few rows in the fastest way."""
+        if self.ranks is not None or is_compiled(self.target):  # each rank would choose for itself
+            return nullcontext()
+        return quick_products(self.target, self.drafter, self.generator.draft_head.lm_head)
 
     def round(self, state: RoundState) -> None:
         """Draft, verify, walk and commit once."""

@@ -53,6 +53,18 @@ def test_bench_then_export_then_push(places, tmp_path):
     assert "would upload" in output and "model.safetensors" in output
 
 
+def test_vocabulary(places, tmp_path):
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps({"input_ids": [3, 3, 9, 7, 9, 9, 8], "prompt_length": 2}) + "\n")
+    output = run("vocabulary", places["--drafter"], samples, tmp_path / "out", "--size", 2)
+    assert "drafts 2 tokens, 80.00% of what the responses hold" in output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["draft_vocab_size"] == 2
+    assert "draft_vocab_size" in run("inspect", tmp_path / "out")
+    assert "9 tokens, τ " in run(
+        *("generate", "--target", places["--target"], "--drafter", tmp_path / "out"), "abc", "--max-new-tokens", 9
+    )
+
+
 def test_export_for_speculators(places, tmp_path):
     output = run("export", places["--drafter"], tmp_path, "--target", "acme/target", "--speculators")
     assert output.split() == ["README.md", "config.json", "model.safetensors"]

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import hf_treeflash
 from hf_treeflash import TreeFlashDraftModel
 from hf_treeflash.bench.arms import standard_arms
 from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.pairs import describe_pair
+from hf_treeflash.draft_vocabulary import kept_tokens
 from hf_treeflash.hub import export_drafter, export_speculators
 from hf_treeflash.hub.scan import check_file
 from tests.helpers.pair_on_disk import letter_tokenizer
-from tests.helpers.tiny import prompt, tiny_drafter, tiny_target
+from tests.helpers.tiny import VOCAB, keeping, prompt, tiny_drafter, tiny_target
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors"]
 PACKAGE = Path(hf_treeflash.__file__).parent
@@ -208,7 +210,6 @@ def test_speculators_form_reads_back_as_the_same_backbone(tmp_path, options):
         ({"causal_layers": "all"}, "causal_layers"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"output_multiplier": 0.5}, "output_multiplier"),
-        ({"draft_vocab_size": 12}, "draft_vocab_size"),
         ({"conv_kernel_size": 2}, "conv_kernel_size"),
     ],
     ids=str,
@@ -217,6 +218,30 @@ def test_what_speculators_form_cannot_say_is_refused(tmp_path, options, field):
     with pytest.raises(ValueError, match=f"cannot say how this drafter is run: its `{field}` is"):
         export_speculators(tiny_drafter(**options), tmp_path / "out", "acme/target")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_draft_vocabulary_goes_along(tmp_path, own):
+    kept, lm_head = [3, 5, 6, 20], torch.nn.Linear(32, VOCAB, bias=False)
+    drafter = tiny_drafter(**({"draft_vocab_size": 4} if own else {}))
+    if own:
+        drafter.d2t.copy_(torch.tensor(kept) - torch.arange(4))
+    else:
+        drafter = keeping(drafter, *kept)
+    export_speculators(drafter, tmp_path / "out", "acme/target", lm_head=None if own else lm_head)
+    again = TreeFlashDraftModel.from_pretrained(tmp_path / "out")
+    assert kept_tokens(again.d2t).tolist() == kept and not again.config.tie_draft_head
+    assert torch.equal(again.draft_lm_head.weight, drafter.draft_lm_head.weight if own else lm_head.weight[kept])
+    t2d = load_file(tmp_path / "out" / "model.safetensors")["t2d"]
+    assert t2d.nonzero()[:, 0].tolist() == kept and t2d.shape == (VOCAB,)
+    assert drafter.config.draft_vocab_size == 4  # the export has a config of its own
+
+
+def test_without_rows_the_export_drafts_all_tokens(tmp_path):
+    drafter = keeping(tiny_drafter(), 3, 5)
+    export_speculators(drafter, tmp_path / "out", "acme/target")
+    assert TreeFlashDraftModel.from_pretrained(tmp_path / "out").config.draft_vocab_size is None
+    assert drafter.config.tie_draft_head
 
 
 def test_adapters_are_merged_into_a_copy(tmp_path):

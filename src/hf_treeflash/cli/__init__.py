@@ -21,6 +21,7 @@ from .inspect import inspect
 from .push import push
 from .trace import trace
 from .train import train
+from .vocabulary import vocabulary
 
 app = typer.Typer(
     cls=Commands,
@@ -60,5 +61,6 @@ app.command()(inspect)
 app.command()(trace)
 app.command()(env)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command()(vocabulary)
 app.command()(export)
 app.command()(push)

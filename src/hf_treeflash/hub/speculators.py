@@ -1,13 +1,17 @@
 """Export a drafter's backbone in the form that vLLM's speculators read."""
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from ..configuration_treeflash import TreeFlashConfig
+from ..draft_vocabulary import kept_rows, kept_tokens
 from ..layouts import read_layout
 from .card import render_speculators_card
 from .export import merged
@@ -15,7 +19,11 @@ from .folder import CARD, write_export
 
 
 def export_speculators(
-    drafter, folder: str | os.PathLike, target_id: str, target_architecture: str | None = None
+    drafter,
+    folder: str | os.PathLike,
+    target_id: str,
+    target_architecture: str | None = None,
+    lm_head: nn.Linear | None = None,
 ) -> list[str]:
     """Write a drafter's backbone in the DFlash form of vLLM's speculators, for serving as a chain.
 
@@ -30,6 +38,9 @@ def export_speculators(
             Hub id of the target ("verifier" there).
         target_architecture (`str`, *optional*):
             Class name of the target, such as `"Qwen3ForCausalLM"`.
+        lm_head (`nn.Linear`, *optional*):
+            The target's output layer, whose rows a draft vocabulary is exported with (and `d2t` and `t2d`). Without
+            it, and without an output layer of the drafter's own, the export drafts all tokens.
 
     Returns:
         `list[str]`: The files of the folder, relative to it.
@@ -38,8 +49,10 @@ def export_speculators(
         ValueError: As [`export_drafter`] does, or if that form cannot say how the drafter is to be run.
     """
     drafter = merged(drafter)
-    config = drafter.config
+    config = copy.deepcopy(drafter.config)
     state = drafter.state_dict()
+    if config.draft_vocab_size is not None:
+        _convert_vocabulary(config, state, lm_head)
     tensors = {key: value.contiguous() for key, value in state.items() if not key.startswith("ar_head.")}
     stored = _speculators_config(config, drafter.dtype, target_id, target_architecture)
     _check_reads_back(config, stored)
@@ -51,6 +64,20 @@ def export_speculators(
         (place / CARD).write_text(text, encoding="utf-8")
 
     return write_export(folder, write)
+
+
+def _convert_vocabulary(config, state: dict[str, torch.Tensor], lm_head: nn.Linear | None) -> None:
+    """Bring a draft vocabulary into that form, which wants an output layer of its own for it; without rows drop it."""
+    d2t, rows = state.pop("d2t"), state.pop("draft_lm_head.weight", None)
+    if rows is None and lm_head is not None:
+        rows = kept_rows(lm_head, d2t).weight.to(d2t.device, state["fc.weight"].dtype)
+    config.tie_draft_head = False
+    if rows is None:
+        config.draft_vocab_size = None
+        return
+    t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
+    t2d[kept_tokens(d2t)] = True
+    state |= {"d2t": d2t, "t2d": t2d, "lm_head.weight": rows}
 
 
 def _speculators_config(config, dtype, target_id: str, target_architecture: str | None) -> dict[str, Any]:
@@ -91,7 +118,7 @@ def _speculators_config(config, dtype, target_id: str, target_architecture: str 
             "rope_theta": config.rope_parameters.get("rope_theta"),
             "use_sliding_window": "sliding_attention" in config.layer_types,
         },
-        "draft_vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         # States are numbered from the embedding on: layer l is entry l + 1.

@@ -34,6 +34,9 @@ class TreeFlashTrainingArguments(TrainingArguments):
             Longer samples are cut, in tokens.
         loss_chunk_rows (`int`, *optional*, defaults to 256):
             Slots whose logits are held at once.
+        draft_vocabulary (`int`, *optional*):
+            The drafter drafts this many tokens alone, the most frequent ones of the responses, and is saved so;
+            see [`~TreeFlashDraftModel.set_draft_vocabulary`].
         loss_vocabulary (`int`, *optional*):
             The loss is over this many tokens, the most frequent ones of the training responses, and some of the
             others, drawn at each step; by default over all. Rows with another label are left out.
@@ -59,6 +62,7 @@ class TreeFlashTrainingArguments(TrainingArguments):
     eval_anchor_stride: int = field(default=16, metadata={"help": "distance of evaluation anchors, in tokens"})
     max_length: int = field(default=3072, metadata={"help": "longest sample, in tokens"})
     loss_chunk_rows: int = field(default=256, metadata={"help": "slots whose logits are held at once"})
+    draft_vocabulary: int | None = field(default=None, metadata={"help": "frequent tokens that are drafted"})
     loss_vocabulary: int | None = field(default=None, metadata={"help": "frequent tokens that the loss is over"})
     loss_drawn_tokens: int = field(default=512, metadata={"help": "other tokens drawn per step beside them"})
     target_states: str | None = field(default=None, metadata={"help": "folder to keep the target's states in"})

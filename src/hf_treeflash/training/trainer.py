@@ -70,6 +70,7 @@ class TreeFlashTrainer(Trainer):
             self.target.to(self.accelerator.device)
         self.eval_prompts = eval_prompts
         self.loss_vocabulary = self._loss_vocabulary()
+        self._set_draft_vocabulary(model)
         collator.states = self._stored_states()
         self.eval_collator = AnchorCollator(
             pad_token_id, max_length=args.max_length, stride=args.eval_anchor_stride, states=collator.states
@@ -134,6 +135,17 @@ class TreeFlashTrainer(Trainer):
         if self.args.stage == "joint":
             return losses[""] + self.args.marginal_loss_weight * losses["base_"]
         return losses["base_" if self.args.stage == "backbone" else ""]
+
+    def _set_draft_vocabulary(self, drafter) -> None:
+        if self.args.draft_vocabulary is None:
+            return
+        if hasattr(drafter, "peft_config"):
+            raise ValueError(
+                "`draft_vocabulary` is saved with a drafter, not with adapters: set that of the drafter they adapt "
+                "by `hf-treeflash vocabulary`."
+            )
+        texts = response_tokens(self.train_dataset)
+        drafter.set_draft_vocabulary(frequent_tokens(texts, self.args.draft_vocabulary))
 
     def _loss_vocabulary(self) -> LossVocabulary | None:
         if self.args.loss_vocabulary is None:
