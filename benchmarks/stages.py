@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tree-budget", type=int)
     parser.add_argument("--num-candidates", type=int)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--json", type=Path)
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             setattr(drafter.generation_config, knob, getattr(args, knob))
     listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
     prompts = [encode_prompt(tokenizer, entry["prompt"]) for entry in listed]
-    result = round_stages(target, drafter, prompts, args.max_new_tokens)
+    result = round_stages(target, drafter, prompts, args.max_new_tokens, args.temperature)
     for name, median in result["stages_ms"].items():
         if not median:
             continue  # a drafter without a head

@@ -1,6 +1,8 @@
-"""Train a small Qwen3-architecture target on the Python standard library's sources, on a CPU.
+"""Train a small target on the Python standard library's sources, on a CPU.
 
-python examples/train_tiny_target.py --work build/tiny
+    python examples/train_tiny_target.py --work build/tiny
+
+With `--family qwen3_5` three of four layers are recurrent, and there are fewer of them.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3_5TextConfig, Qwen3Config
 
 END, MASK = "<|endoftext|>", "<|mask|>"
 # Tests and tables of characters teach repetition; the rest is not installed everywhere.
@@ -61,24 +63,32 @@ def encode(tokenizer, texts: list[str]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(ids))
 
 
-def new_target(tokenizer) -> Qwen3ForCausalLM:
-    """Build the untrained target: as deep as Qwen3-4B, since depth is what a one-shot drafter saves, and thin."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=36,
-        intermediate_size=320,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
+def new_target(tokenizer, family: str = "qwen3"):
+    """Build the untrained target: as deep as Qwen3-4B, since depth is what a one-shot drafter saves, and thin.
+
+    Args:
+        family (`str`, *optional*, defaults to `"qwen3"`):
+            `"qwen3_5"` for a shallow hybrid of gated delta layers and attention.
+    """
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if family == "qwen3":
+        return AutoModelForCausalLM.from_config(Qwen3Config(num_hidden_layers=36, **shape))
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    sizes = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    return AutoModelForCausalLM.from_config(Qwen3_5TextConfig(num_hidden_layers=8, **shape, **heads, **sizes))
 
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -216,7 +226,7 @@ def run(args: argparse.Namespace) -> Path:
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(folder)
     stream = encode(tokenizer, texts)
-    model = new_target(tokenizer)
+    model = new_target(tokenizer, args.family)
     record = train(model, stream, args.work, args)
     model.eval()
     record |= {
@@ -234,6 +244,7 @@ def run(args: argparse.Namespace) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the options of the target's training."""
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="folder for checkpoints and results")
+    parser.add_argument("--family", choices=["qwen3", "qwen3_5"], default="qwen3", help="architecture of the target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--target-steps", type=int, default=1100)

@@ -101,8 +101,26 @@ def test_stages_add_up_and_leave_nothing_wrapped(places, tmp_path, capsys):
         result["stages_ms"]
     )
     assert 0 < result["share_outside_models"] < 1 and result["rounds"] > 1
+    assert "noise of the draws" not in result["stages_ms"], "greedy calls draw nothing"
+    stages.main([*argv, "--temperature", "1", "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["stages_ms"]["noise of the draws"] > 0
     assert "outside the models' forwards" in capsys.readouterr().out
     assert TreeDecoding.walk is walk
+
+
+def test_noise_is_counted_with_and_without_and_a_run_goes_on(places, tmp_path, capsys, monkeypatch):
+    noise, path = script("benchmarks/noise.py"), tmp_path / "out.json"
+    argv = [*options(places, "--target", "--drafter", "--prompts"), "--max-new-tokens", "8", "--json", str(path)]
+    argv += ["--tree-budgets", "6", "--num-candidates", "3", "--temperatures", "0", "1", "--top-p", "1", "0.9"]
+    argv += ["--penalties", "2"]
+    noise.main([*argv, "--seeds", "0"])
+    noise.main([*argv, "--seeds", "0", "1"])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 2 + 2 * (2 + 3) and all(row["identical"] and row["tokens"] > 0 for row in rows)
+    assert {row["draws"] for row in rows} == {"greedy", "known", "unknown", "known, 2 nats"}
+    assert "T 1, top-p 0.9, top-k 0, B 6" in capsys.readouterr().out
+    monkeypatch.setattr(noise.Pair, "count", None)  # nothing is counted again
+    noise.main([*argv, "--seeds", "0", "1"])
 
 
 def test_approximations_are_compared_with_the_exact_draft(places, tmp_path, capsys):

@@ -60,8 +60,12 @@ def drafter_of(head: bool, seed: int, block_size: int, window: int | None):
 
 
 @strategies.composite
-def pairs(draw):
-    """A target, and what a call passes to draft for it: a drafter with knobs, at times n-grams of the text too."""
+def pairs(draw, covered: bool = False):
+    """A target, and what a call passes to draft for it: a drafter with knobs, at times n-grams of the text too.
+
+    With `covered` nothing that static caches leave to dynamic ones.
+    """
+    budgets = strategies.integers(2, 40)
     window = draw(strategies.sampled_from([2, 4, 7, 16]))
     name, seed = draw(strategies.sampled_from(NAMES)), draw(strategies.integers(0, 2))
     target = target_of(name, seed, window, draw(strategies.booleans()))
@@ -73,13 +77,13 @@ def pairs(draw):
     )
     drafter = with_knobs(
         drafter,
-        tree_budget=draw(strategies.integers(2, 40) | strategies.just("auto")),
+        tree_budget=draw(budgets if covered else budgets | strategies.just("auto")),
         num_candidates=draw(strategies.integers(1, 12)),
         branching=draw(strategies.integers(1, 12)),
         draft_temperature=draw(strategies.sampled_from([0.5, 1.0, 2.0])),
-        draft_window=draw(strategies.sampled_from([None, None, 3, 12])),
+        draft_window=None if covered else draw(strategies.sampled_from([None, None, 3, 12])),
     )
-    quotes = draw(strategies.sampled_from([{}, {}, {"prompt_lookup_num_tokens": 5}]))
+    quotes = {} if covered else draw(strategies.sampled_from([{}, {}, {"prompt_lookup_num_tokens": 5}]))
     return target, {"assistant_model": drafter, **quotes}
 
 
@@ -201,23 +205,50 @@ SAMPLERS = [
 ]
 
 
-@profile(200)
+STATIC_SAMPLERS = [settings for settings in SAMPLERS if "top_h" not in settings]
+STATIC_PROCESSORS = [{}, {"suppress_tokens": [10, 11, 12]}, {"suppress_tokens": [4]}]
+used: set[str] = set()
+
+
+def check_sampled_text(target, drafting: dict, inputs: dict, seed: int, settings: dict):
+    """Compare a text and the random number after the call with plain decoding's; return the drafted call's output."""
+    torch.manual_seed(seed)
+    try:
+        plain = target.generate(**inputs, **settings)
+    except (RuntimeError, ValueError):  # older processors turn some combinations into NaN: there is nothing to equal
+        hypothesis.reject()
+    after = torch.rand(1)
+    torch.manual_seed(seed)
+    output = target.generate(**inputs, **drafting, **settings, return_dict_in_generate=True)
+    assert torch.equal(torch.rand(1), after)
+    assert torch.equal(output.sequences, plain)
+    counts["cases"] += 1
+    used.update(settings)
+    return output
+
+
+@profile(220)
 @hypothesis.given(strategies.data())
 def sampling_cases(data):
     target, drafting = data.draw(pairs())
     inputs = data.draw(prompts(1))
-    seed, chosen = data.draw(strategies.integers(0, 1000)), data.draw(strategies.sampled_from(range(len(SAMPLERS))))
-    settings = {"do_sample": True, "top_k": 0, **data.draw(stops(inputs["input_ids"].shape[1])), **SAMPLERS[chosen]}
+    settings = {"do_sample": True, "top_k": 0, **data.draw(stops(inputs["input_ids"].shape[1]))}
+    settings |= data.draw(strategies.sampled_from(SAMPLERS))
     settings |= data.draw(processors(ends=settings["eos_token_id"] is not None))
-    torch.manual_seed(seed)
-    try:
-        plain, state = target.generate(**inputs, **settings), torch.get_rng_state()
-    except (RuntimeError, ValueError):  # older processors turn some combinations into NaN: there is nothing to equal
-        hypothesis.reject()
-    torch.manual_seed(seed)
-    assert torch.equal(plain, target.generate(**inputs, **drafting, **settings))
-    assert torch.equal(state, torch.get_rng_state())
-    counts["cases"] += 1
+    check_sampled_text(target, drafting, inputs, data.draw(strategies.integers(0, 1000)), settings)
+
+
+@profile(100)
+@hypothesis.given(strategies.data())
+def static_sampling_cases(data):
+    target, drafting = data.draw(pairs(covered=True))
+    inputs = data.draw(prompts(1))
+    settings = {"do_sample": True, "top_k": 0, **data.draw(stops(inputs["input_ids"].shape[1]))}
+    for some in (STATIC_SAMPLERS, STATIC_PROCESSORS):
+        settings |= data.draw(strategies.sampled_from(some))
+    drafting["cache_implementation"] = "static"
+    output = check_sampled_text(target, drafting, inputs, data.draw(strategies.integers(0, 1000)), settings)
+    assert output.past_key_values is None, "left to dynamic caches"
 
 
 @pytest.mark.skipif(bool(CASES), reason="a longer run is one of greedy cases")
@@ -225,3 +256,11 @@ def test_sampled_texts_with_the_same_seed():
     counts.update(cases=0)
     sampling_cases()
     assert counts["cases"] >= 200
+    assert used.issuperset(set().union(*SAMPLERS, *PROCESSORS))
+
+
+@pytest.mark.skipif(bool(CASES), reason="a longer run is one of greedy cases")
+def test_sampled_texts_with_the_same_seed_over_static_caches():
+    counts.update(cases=0)
+    static_sampling_cases()
+    assert counts["cases"] >= 100
