@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         result = compare(
             target,
-            ways,
+            [arm for arm in ways if arm.around is not unknown_draws or temperature > 0],  # greedy: nothing is drawn
             prompts,
             task=args.task or args.prompts.stem,
             max_new_tokens=args.max_new_tokens,

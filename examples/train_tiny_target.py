@@ -88,7 +88,7 @@ def new_target(tokenizer, family: str = "qwen3"):
         return AutoModelForCausalLM.from_config(Qwen3Config(num_hidden_layers=36, **shape))
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     sizes = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
-    return AutoModelForCausalLM.from_config(Qwen3_5TextConfig(num_hidden_layers=8, **shape, **heads, **sizes))
+    return AutoModelForCausalLM.from_config(Qwen3_5TextConfig(num_hidden_layers=4, **shape, **heads, **sizes))
 
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:

@@ -108,6 +108,34 @@ def test_stages_add_up_and_leave_nothing_wrapped(places, tmp_path, capsys):
     assert TreeDecoding.walk is walk
 
 
+def test_the_draws_are_known_and_unknown_side_by_side(places, tmp_path, capsys):
+    argv = [*options(places, "--target", "--drafter", "--prompts"), "--tree-budgets", "6", "--num-candidates", "2"]
+    argv += ["--without-noise", "--temperatures", "0", "1", "--max-new-tokens", "6", "--repeats", "1", "--limit", "1"]
+    path, figures = tmp_path / "out.json", script("benchmarks/noise_figures.py")
+    script("benchmarks/end_to_end.py").main([*argv, "--json", str(path)])
+    greedy, sampled = json.loads(path.read_text())["results"]
+    known = {"our chain", "marginal tree B6", "TreeFlash tree B6 M2"}
+    assert {arm["name"] for arm in greedy["arms"]} == {"plain", "chain", *known}, "greedy calls draw nothing"
+    without = {arm["name"] for arm in sampled["arms"]} - {"plain", "chain", *known}
+    assert without == {name + figures.WITHOUT for name in known}
+    assert all(arm["identical"] for arm in sampled["arms"] if arm["name"] != "chain")
+    capsys.readouterr()
+    pytest.importorskip("matplotlib")
+    figures.main(["--speeds", str(path), "--plot", str(tmp_path / "noise.png")])
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert heading == "|  | greedy | temperature 1 | temperature 1, without noise |"
+    assert (tmp_path / "noise.png").stat().st_size > 0
+
+
+def test_recurrent_layers_are_counted(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    script("benchmarks/recurrent.py").main(["--nodes", "4", "--context", "8", "--repeats", "1", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 6 and all(row["operations"] > 0 and row["pass_ms"] > 0 for row in rows)
+    # A product of 4 queries with 12 keys, and one with their values.
+    assert rows[0]["operations"] == 2 * 2 * 16 * 4 * 12 * 256
+
+
 def test_noise_is_counted_with_and_without_and_a_run_goes_on(places, tmp_path, capsys, monkeypatch):
     noise, path = script("benchmarks/noise.py"), tmp_path / "out.json"
     argv = [*options(places, "--target", "--drafter", "--prompts"), "--max-new-tokens", "8", "--json", str(path)]
@@ -119,6 +147,9 @@ def test_noise_is_counted_with_and_without_and_a_run_goes_on(places, tmp_path, c
     assert len(rows) == 2 + 2 * (2 + 3) and all(row["identical"] and row["tokens"] > 0 for row in rows)
     assert {row["draws"] for row in rows} == {"greedy", "known", "unknown", "known, 2 nats"}
     assert "T 1, top-p 0.9, top-k 0, B 6" in capsys.readouterr().out
+    script("benchmarks/noise_figures.py").main(["--counts", str(path)])
+    table = capsys.readouterr().out.splitlines()
+    assert table[2].startswith("| 1 | 0 | 0.9 | 6 | 1 | 2 |") and table[3].startswith("| 1 | 0 | 1 | 6 | 1 | 2 |")
     monkeypatch.setattr(noise.Pair, "count", None)  # nothing is counted again
     noise.main([*argv, "--seeds", "0", "1"])
 

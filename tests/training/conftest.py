@@ -51,9 +51,10 @@ def train(target, tmp_path):
         defaults = {"output_dir": str(tmp_path / "run"), "max_steps": 4, "per_device_train_batch_size": 8}
         defaults |= {"num_anchors": 5, "learning_rate": 1e-2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
         defaults |= {"save_strategy": "no", "logging_steps": 1, "dataloader_num_workers": 0, "max_length": 64}
-        others = {key: options.pop(key) for key in ("eval_dataset", "eval_prompts", "callbacks") if key in options}
+        names = ("target", "eval_dataset", "eval_prompts", "callbacks")
+        others = {"target": target, **{key: options.pop(key) for key in names if key in options}}
         args = TreeFlashTrainingArguments(**defaults | options)
-        trainer = TreeFlashTrainer(drafter, args, target=target, train_dataset=data, **others)
+        trainer = TreeFlashTrainer(drafter, args, train_dataset=data, **others)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 

@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from hf_treeflash import TreeFlashDraftModel
 from hf_treeflash.training import TreeFlashTrainingArguments, measure_block_efficiency
 from hf_treeflash.training.adapters import LORA_TARGET_MODULES
+from tests.families.hybrids import HYBRIDS
+from tests.helpers.tiny import prompt, tiny_drafter
 
 from .conftest import make_drafter, make_samples
 
@@ -128,6 +130,31 @@ def test_loss_falls_on_a_toy_task(train):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
     assert trainer.state.log_history[-2]["accuracy"] > 0.9
+
+
+def test_a_target_with_recurrent_layers_is_trained_for(train):
+    """Its drafter learns the target's own texts, and the texts stay plain decoding's."""
+    (family,) = (family for family in HYBRIDS if family.name == "Qwen3.5")
+    hybrid, drafter = family.build().requires_grad_(False), tiny_drafter(target_layer_ids=[0, 2, 3])
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    texts = hybrid.generate(prompt(6, batch=16), **settings)
+    samples = [{"input_ids": text, "prompt_length": 6} for text in texts.tolist()]
+
+    def block_efficiency() -> float:
+        output = hybrid.generate(
+            prompt(6, batch=16),
+            assistant_model=drafter.eval(),
+            return_dict_in_generate=True,
+            **settings | {"eos_token_id": [1]},
+        )
+        return output.block_efficiency
+
+    before = block_efficiency()
+    trainer = train(drafter, samples, target=hybrid, stage="joint", max_steps=60)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    assert block_efficiency() > before + 0.3
+    assert torch.equal(hybrid.generate(prompt(6, batch=16), assistant_model=drafter, **settings), texts)
 
 
 def test_a_bf16_drafter_trains_in_float32_weights(train, samples):
