@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, get_safetensors_metadata
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from ..bench.pairs import auto_class
 from ..bench.surroundings import warnings_of
 from ..checkpoints import (
     StoredTensor,
@@ -224,7 +225,7 @@ def fits(config: TreeFlashConfig | None, target: str) -> dict[str, Any]:
         return found
     target_config = AutoConfig.from_pretrained(target)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(target_config)
+        model = auto_class(target_config).from_config(target_config)
     try:
         check_family(model)
         check_pair(model, SimpleNamespace(config=config))
