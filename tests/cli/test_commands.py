@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_treeflash import TreeFlashDraftModel
 from hf_treeflash.bench import compare as comparing
 from hf_treeflash.bench.answering import answer
+from hf_treeflash.bench.arms import Arm
 from tests.helpers.pair_on_disk import CHAT_TEMPLATE, save_pair
 from tests.helpers.tiny import prompt
 
@@ -139,13 +140,13 @@ def interrupt_after(monkeypatch, count):
 
 def test_an_interrupted_bench_keeps_what_was_measured(places, tmp_path, monkeypatch):
     record = tmp_path / "record.json"
-    words = ("--max-new-tokens", 6, "--repeats", 3, "--limit", 1, "--json", record)
-    interrupt_after(monkeypatch, 2 * 4 + 3)  # two calls around each of four arms: in the second repeat
+    words = ("--max-new-tokens", 6, "--repeats", 3, "--limit", 1, "--json", record, "--arms", "our chain")
+    interrupt_after(monkeypatch, 2 * 2 + 3)  # two calls around each of two arms: in the second repeat
     result = run(places, "bench", places["--prompts"], *words, code=130)
     assert "interrupted: this is what had been measured" in result.stderr
     (kept,) = json.loads(record.read_text())["results"]
     assert kept["settings"]["repeats"] == 1 and kept["settings"]["interrupted"]
-    assert [len(arm["speedup"]["all"]) for arm in kept["arms"]] == [1] * 4
+    assert [len(arm["speedup"]["all"]) for arm in kept["arms"]] == [1, 1]
 
 
 def test_interrupted_before_the_second_arm_it_keeps_the_first(models):
@@ -155,7 +156,7 @@ def test_interrupted_before_the_second_arm_it_keeps_the_first(models):
         if done == 3:
             raise KeyboardInterrupt
 
-    arms = comparing.standard_arms(drafter, tree_budget=4)
+    arms = [Arm("plain"), Arm("tree", drafter)]
     settings = {"max_new_tokens": 6, "repeats": 1, "do_sample": False}
     kept = comparing.compare(target, arms, [prompt(), prompt(5)], progress=interrupt, **settings)
     assert [arm["name"] for arm in kept["arms"]] == ["plain"] and kept["settings"]["repeats"] == 0
