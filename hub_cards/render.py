@@ -18,9 +18,9 @@ What is known to be published, and what hf_treeflash does with it, from `drafter
 
 **No published weights were tried.** "Read" means: a synthetic file in exactly this layout (names, shapes and fields of
 the published one, random weights) is run as its makers run it, slot by slot against an independent forward; "checked
-by" names it in `tests/layouts/published.py`. "Refused" means: loading ends with a sentence that says why. Which targets
-can carry trees is another question, which the README answers. `hf-treeflash inspect DRAFTER --target TARGET` answers
-both for the files you have, without loading their weights.
+by" names it in `tests/layouts/published.py`. "Refused" means: loading ends with a sentence that says why. Which
+targets can carry trees is another question, which the README answers. `hf-treeflash inspect DRAFTER --target TARGET`
+answers both for the files you have, without loading their weights.
 
 Where a name is no link, its repository's exact id was not known when this was written.
 

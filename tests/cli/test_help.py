@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 testing = pytest.importorskip("typer.testing")
+typer_main = pytest.importorskip("typer.main")
 pytest.importorskip("rich")
 
 from hf_treeflash.cli import app  # noqa: E402
@@ -91,3 +95,14 @@ def test_training_arguments_are_listed():
     pytest.importorskip("accelerate")
     result = testing.CliRunner().invoke(app, ["train", "--arguments"])
     assert result.exit_code == 0 and "--stage" in result.stdout and "--max_steps" in result.stdout
+
+
+def test_command_lines_of_the_readme_are_accepted():
+    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    lines = re.findall(r"^hf-treeflash (.+?)(?: +#.*)?$", text, flags=re.M)
+    commands = typer_main.get_command(app).commands
+    assert len(lines) >= 10
+    for line in lines:
+        name, *words = shlex.split(line)
+        options = {option for parameter in commands[name].params for option in parameter.opts} | {"--help"}
+        assert {word for word in words if word.startswith("-")} <= options, line
