@@ -193,6 +193,28 @@ def test_on_a_terminal_there_are_colours_and_a_line_of_figures():
     written = write(TEXT, force_terminal=True, color_system="standard", _environ={"TERM": "xterm"})
     assert "τ 2.50, 10.0 tokens/s" in written
     assert "\x1b[32m" in written and "\x1b[1;33m" in written
-    # What stays on the screen, the last to be printed, is the text.
-    bare = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written).replace("\r", "")
-    assert bare.rstrip().endswith("f")
+    assert screen(written) == PLAIN.splitlines()
+    # A line that would fill more than half of the screen is cut where the screen ends.
+    written = write([[103] * 150, [103] * 60], force_terminal=True, _environ={"TERM": "xterm"})
+    assert screen(written) == ["g" * 40] * 5 + ["g" * 10]
+
+
+def screen(written):
+    """Return the lines that are on a terminal after all was written to it."""
+    lines, row, column = [""], 0, 0
+    for sign in re.findall(r"\x1b\[[\d;?]*[A-Za-z]|[^\x1b]", written):
+        if sign == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif sign == "\r":
+            column = 0
+        elif sign.endswith("A"):
+            row -= int(sign[2:-1] or 1)
+        elif sign == "\x1b[2K":
+            lines[row] = ""
+        elif not sign.startswith("\x1b"):
+            lines[row] = lines[row][:column].ljust(column) + sign + lines[row][column + 1 :]
+            column += 1
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
