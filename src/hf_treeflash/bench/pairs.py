@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from ..modeling_treeflash import TreeFlashDraftModel
 
@@ -38,8 +44,15 @@ def load_target(target: str, *, device: str | None = None, dtype: str | None = N
     """Load a target and its tokenizer; arguments as for [`load_pair`]."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "auto")
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device).eval()
+    model_class = auto_class(AutoConfig.from_pretrained(target))
+    model = model_class.from_pretrained(target, dtype=dtype, device_map=device).eval()
     return model, AutoTokenizer.from_pretrained(target)
+
+
+def auto_class(config):
+    """Return the Auto class that makes a target of a config: some decoders are only known with their vision."""
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 def encode_prompt(tokenizer, prompt: str, enable_thinking: bool = False) -> torch.Tensor:

@@ -23,12 +23,12 @@ def demo(
     """Watch a pair draft trees: coloured streams, one tree, a table. SmolLM2 in a checkout, else an embedded pair."""
     given = [value is not None for value in (target, drafter, prompts)]
     if any(given) and not all(given):
-        raise typer.BadParameter("Give --target, --drafter and --prompts together, or none of them.")
+        raise ValueError("Give --target, --drafter and --prompts together, or none of them.")
     quiet_off_a_terminal()
     from ..bench import demo as shown
     from ..generation import install_hook
 
     if not any(given) and not shown.EMBEDDED.exists():
-        raise typer.BadParameter("This installation has no embedded pair: give --target, --drafter and --prompts.")
+        raise ValueError("This installation has no embedded pair: give --target, --drafter and --prompts.")
     install_hook()
     shown.run(target, drafter, prompts, tiny=tiny, max_new_tokens=max_new_tokens, repeats=repeats)

@@ -159,7 +159,7 @@ def sampling(temperature: float, **only_when_sampled: Any) -> dict[str, Any]:
     if temperature > 0:
         return {"do_sample": True, "temperature": temperature, **given}
     for name in given:
-        raise typer.BadParameter(
+        raise ValueError(
             f"--{name.replace('_', '-')} changes nothing at temperature 0: give --temperature, such as 0.7."
         )
     return {"do_sample": False}

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from .options import Dtype
 from .terminal import note, quiet_off_a_terminal
 
@@ -16,9 +14,9 @@ def named_pair(target: str | None, drafter: str | None) -> tuple[str, str]:
     if target is not None and drafter is not None:
         return target, drafter
     if target is not None or drafter is not None:
-        raise typer.BadParameter("Give both --target and --drafter, or neither for the embedded pair.")
+        raise ValueError("Give both --target and --drafter, or neither for the embedded pair.")
     if not (EMBEDDED / "target").is_dir():
-        raise typer.BadParameter("This installation has no embedded pair: give --target and --drafter.")
+        raise ValueError("This installation has no embedded pair: give --target and --drafter.")
     note("no --target and --drafter: this is the embedded pair, a small model of Python code")
     return str(EMBEDDED / "target"), str(EMBEDDED / "drafter")
 
@@ -32,13 +30,14 @@ def load(
     quiet_off_a_terminal()
     from ..bench.pairs import load_pair
     from ..generation import install_hook
+    from ..hub.inspection import check_names
 
+    check_names(*names)
     install_hook()
     model, tokenizer, draft_model = load_pair(*names, device=device, dtype=dtype and dtype.value)
     for knob, value in knobs.items():
         if value is not None:
             setattr(draft_model.generation_config, knob, value)
-    check_fit(model, draft_model)
     return model, tokenizer, draft_model
 
 
@@ -54,23 +53,14 @@ def check_device(device: str | None) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         cuda = torch.cuda.device_count()
         here = f"cpu{', cuda:0' if cuda else ''}{f' to cuda:{cuda - 1}' if cuda > 1 else ''}"
-        raise typer.BadParameter(f"{device!r} is no device of this machine, which has {here}.") from error
-
-
-def check_fit(target: Any, drafter: Any) -> None:
-    """Refuse a pair that cannot generate, before a prompt is read."""
-    from ..validation import check_drafter, check_pair, check_target
-
-    check_target(target)
-    check_drafter(drafter)
-    check_pair(target, drafter)
+        raise ValueError(f"{device!r} is no device of this machine, which has {here}.") from error
 
 
 def check_length(target: Any, tokens: int, new_tokens: int) -> None:
     """Refuse a text that goes on where the target knows no positions."""
     longest = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and tokens + new_tokens > longest:
-        raise typer.BadParameter(
+        raise ValueError(
             f"The prompt of {tokens} tokens and {new_tokens} new ones are more than the {longest} that the target "
             "knows positions for: shorten it, or lower --max-new-tokens."
         )

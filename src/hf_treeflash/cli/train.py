@@ -40,7 +40,7 @@ def train(
         return
     for name, value in (("--target", target), ("--drafter", drafter), ("--samples", samples)):
         if value is None:
-            raise typer.BadParameter(f"Missing option {name}.")
+            raise ValueError(f"Missing option {name}.")
     check_data(cast(Path, samples), chats)
     quiet_off_a_terminal()
     (given,) = cast(Any, training_parser()).parse_args_into_dataclasses(context.args)
@@ -96,9 +96,11 @@ def run(
     from ..bench.pairs import encode_messages, load_target
     from ..bench.prompts import read_prompts
     from ..generation import install_hook
+    from ..hub.inspection import check_names
     from ..modeling_treeflash import TreeFlashDraftModel
     from ..training import TreeFlashTrainer, chat_prompts, load_samples, regenerate
 
+    check_names(target, drafter)
     install_hook()
     held_out = [] if eval_prompts is None else read_prompts(eval_prompts)
     model, tokenizer = load_target(target, device=str(arguments.device), dtype="auto" if arguments.bf16 else "float32")

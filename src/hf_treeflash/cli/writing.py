@@ -50,30 +50,38 @@ class Writer:
     def round(self, tokens: list[int], tau: float | None, speed: float) -> None:
         """Print the tokens of a round; arguments are those of [`TimedRounds`]."""
         for index, token in enumerate(tokens):
-            self._add(token, CHOSEN if index == len(tokens) - 1 else DRAFTED)
-        if self.live is not None:
-            self.live.update(Group(self.line, Text(reached(tau, speed), style="dim")), refresh=True)
+            piece = self._text_of(token)
+            style = "" if not self.colours else CHOSEN if index == len(tokens) - 1 else DRAFTED
+            self.line.append(piece, style)
+        if self.live is None:
+            self.console.print(self.line, end="", soft_wrap=True)
+            self.line = Text()
+            return
+        done = self._finished_lines()
+        self.live.update(Group(self.line, Text(reached(tau, speed), style="dim")))
+        for line in done:  # above what is drawn anew
+            self.console.print(line, soft_wrap=True)
+        self.live.refresh()
 
-    def _add(self, token: int, style: str) -> None:
+    def _text_of(self, token: int) -> str:
+        """Return what a token adds to the text."""
         self.held.append(token)
         text = self.tokenizer.decode(self.held, skip_special_tokens=True)
         if text.endswith("\ufffd"):
-            return  # half of a character
-        piece = Text(text[len(self.shown) :], style=style if self.colours else "")
-        self.shown = text
+            return ""  # half of a character
+        piece, self.shown = text[len(self.shown) :], text
         if text.endswith("\n"):  # the next line is decoded by itself, as all of them would take ever longer
             self.held, self.shown = [], ""
-        if self.live is None:
-            self.console.print(piece, end="", soft_wrap=True)
-            return
-        self.line.append_text(piece)
+        return piece
+
+    def _finished_lines(self) -> list[Text]:
+        """Take the lines that are finished off the one under way."""
         *done, self.line = self.line.split("\n", allow_blank=True) or [Text()]
         wrapped = self.line.wrap(self.console, self.console.width)
         if len(wrapped) > self.console.height // 2:  # what does not fit on the screen cannot be drawn anew
             *rest, self.line = wrapped
             done += rest
-        for line in done:
-            self.console.print(line, soft_wrap=True)
+        return done
 
 
 def reached(tau: float | None, speed: float | None, tokens: int | None = None) -> str:

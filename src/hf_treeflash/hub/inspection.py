@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, get_safetensors_metadata
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from ..bench.pairs import auto_class
 from ..bench.surroundings import warnings_of
 from ..checkpoints import (
     StoredTensor,
@@ -77,10 +78,7 @@ def inspect_drafter(name: str, target: str | None = None, revision: str | None =
     """
     hub = {} if revision is None else {"revision": revision}
     base = adapted_drafter(name, hub)
-    path = find_file(base, "config.json", hub)
-    if path is None:
-        raise OSError(f"{base} has no config.json, or cannot be reached.")
-    stored, tensors = read_json(path), headers(base, revision)
+    stored, tensors = stored_config(base, hub), headers(base, revision)
     found: dict[str, Any] = {"source": name, "layout": "unknown", "read": False, "refusal": None}
     config = layout = None
     with warnings_of("hf_treeflash.stored_fields") as warnings:
@@ -103,6 +101,37 @@ def inspect_drafter(name: str, target: str | None = None, revision: str | None =
     if target is not None:
         found["fits"] = fits(config, target)
     return found
+
+
+def stored_config(name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """Return what the config of a folder or repository says.
+
+    Raises:
+        OSError: If there is none, or it is no JSON.
+    """
+    path = find_file(name, "config.json", hub)
+    if path is None:
+        raise OSError(f"{name} has no config.json, or cannot be reached.")
+    return read_json(path)
+
+
+def check_names(target: str, drafter: str) -> None:
+    """Refuse a pair that does not exist, is not read, or does not fit, before any weights are loaded.
+
+    Args:
+        target (`str`), drafter (`str`):
+            Folders or Hub repositories.
+
+    Raises:
+        ValueError, OSError: With the reason.
+    """
+    stored_config(target, {})
+    base = adapted_drafter(drafter, {})
+    with warnings_of("hf_treeflash.stored_fields"):  # they are said when it is loaded
+        config = make_config(read_layout(stored_config(base, {}), f"{base}/config.json").values, f"{base}/config.json")
+    found = fits(config, target)
+    if not found["fits"]:
+        raise ValueError(found["reason"])
 
 
 def headers(name: str, revision: str | None) -> list[StoredTensor]:
@@ -196,7 +225,7 @@ def fits(config: TreeFlashConfig | None, target: str) -> dict[str, Any]:
         return found
     target_config = AutoConfig.from_pretrained(target)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(target_config)
+        model = auto_class(target_config).from_config(target_config)
     try:
         check_family(model)
         check_pair(model, SimpleNamespace(config=config))
@@ -205,4 +234,4 @@ def fits(config: TreeFlashConfig | None, target: str) -> dict[str, Any]:
     return found | {"fits": True, "reason": None}
 
 
-__all__ = ["inspect_drafter"]
+__all__ = ["check_names", "inspect_drafter"]
