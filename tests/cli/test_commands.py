@@ -47,7 +47,7 @@ def run(places, command, *words, code=0, **kwargs):
         ((), {}),
         (("--tree-budget", "auto"), {}),
         (("--tree-budget", "4", "--num-candidates", 2, "--branching", 3, "--draft-temperature", 2), {}),
-        (("--draft-window", 4, "--draft-vocab", 12, "--lookup", 3), {}),
+        (("--draft-window", 4, "--lookup", 3), {}),
         (("--static",), {}),
         (("--plain",), {}),
         (("--show-draft",), {}),

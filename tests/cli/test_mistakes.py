@@ -167,7 +167,6 @@ def test_knob_ranges_are_those_of_the_knobs():
         "num_candidates": options.Candidates,
         "branching": options.Branching,
         "draft_window": options.DraftWindow,
-        "draft_vocab": options.DraftVocab,
     }
     for name, option in told.items():
         _, details = get_args(option)

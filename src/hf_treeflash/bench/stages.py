@@ -39,9 +39,10 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
         (transitions.HeadRows, "compute", "match candidates"),
         (drafter, "draft", "noise, shortlist top-k"),
         (drafter, "backbone", "drafter forward"),
-        (drafter, "correct", "AR head"),
         (target, "forward", "target forward"),
     ]
+    if drafter.ar_head is not None:
+        places.append((drafter.ar_head, "states" if drafter.config.ar_head == "swiglu" else "code", "AR head"))
     head = draft_head.DraftHead
     prefill, draft, lm_head = loop.prefill, loop.draft, head.__call__
     heads: list[str] = []
