@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from hf_treeflash import kernels, tree
-from hf_treeflash.draft_head import DraftHead, narrowed
+from hf_treeflash.draft_head import DraftHead
 from hf_treeflash.kernels import Tree
 from hf_treeflash.transitions import Transitions
 from hf_treeflash.verify import walk
@@ -234,17 +234,6 @@ def head_pass(sizes: Sizes, device: torch.device) -> Case:
     """The second pass over the output layer, whole and approximate; approximations are not compared."""
     lm_head = torch.nn.Linear(sizes.hidden, sizes.vocab, bias=False, device=device, dtype=sizes.dtype)
     states = torch.randn(1, sizes.rows, sizes.hidden, device=device).to(sizes.dtype)
-    marginals = lm_head(torch.randn(1, sizes.depth, sizes.hidden, device=device).to(sizes.dtype))
     exact, float8 = DraftHead(lm_head), DraftHead(lm_head, "float8")
-    per_slot = min(512, sizes.vocab // (2 * sizes.depth))
-
-    def narrow(head: DraftHead) -> None:
-        narrowed(head, marginals, per_slot)[0](states)  # with what it takes to find the tokens
-
-    ways = {
-        "layer": Way(lambda: exact(states)),
-        "float8": Way(lambda: float8(states)),
-        f"likeliest {per_slot} per slot": Way(lambda: narrow(exact)),
-        f"float8, likeliest {per_slot} per slot": Way(lambda: narrow(float8)),
-    }
+    ways = {"layer": Way(lambda: exact(states)), "float8": Way(lambda: float8(states))}
     return Case("", {"rows": sizes.rows, "hidden": sizes.hidden, "vocabulary": sizes.vocab}, ways)
