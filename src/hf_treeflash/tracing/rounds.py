@@ -20,7 +20,7 @@ class TracedRound:
             Of the tree's nodes, root first, as in [`DraftTree`].
         drafter (`list[float]`):
             Probability the drafter gives each node after its parent. Where the noise of the coming draws is known, it
-            is that of being drawn.
+            is that of being drawn; of what prompt lookup found, it is how far that is trusted, if that is more.
         target (`list[float]`):
             Probability the target gives it there, before processors.
         found (`list[bool]`):
