@@ -1,4 +1,5 @@
-"""Writes README.md of this folder from drafters.json and from what the tests of layouts read and refuse.
+"""Writes README.md of this folder, and the same page of the documentation, from drafters.json and from what the tests
+of layouts read and refuse.
 
 Usage: `python hub_cards/render.py` in the root of the repository, after a change of either.
 """
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "models.md"
+ADDRESS = "https://github.com/hf-treeflash/hf_treeflash/blob/main/hub_cards/"
 sys.path.insert(0, str(FOLDER.parent))
 
 from tests.layouts.published import READ  # noqa: E402
@@ -34,14 +37,19 @@ are cited or absent; what we do not know is said to be unknown. The card of a dr
 """
 
 
-def render() -> str:
-    """Return the page."""
+def render(place: str = "") -> str:
+    """Return the page.
+
+    Args:
+        place (`str`, *optional*, defaults to `""`):
+            Where cards lie, as seen from the page.
+    """
     drafters = json.loads((FOLDER / "drafters.json").read_text("utf-8"))
     read = {published.name for published in READ}
-    return HEAD + "".join(f"| {' | '.join(cells(drafter, read))} |\n" for drafter in drafters) + FOOT
+    return HEAD + "".join(f"| {' | '.join(cells(drafter, read, place))} |\n" for drafter in drafters) + FOOT
 
 
-def cells(drafter: dict, read: set[str]) -> list[str]:
+def cells(drafter: dict, read: set[str], place: str) -> list[str]:
     """Return the row of a drafter.
 
     Args:
@@ -51,10 +59,12 @@ def cells(drafter: dict, read: set[str]) -> list[str]:
             is refused if it is, and its `card`.
         read (`set[str]`):
             Names of the files that are read.
+        place (`str`):
+            Where cards lie.
     """
     name, is_read = drafter["drafter"], drafter["fixture"] in read
     link = f"[{name}](https://huggingface.co/{name})" if drafter["is_id"] else name
-    card = f" ([card]({drafter['card']}))" if "card" in drafter else ""
+    card = f" ([card]({place}{drafter['card']}))" if "card" in drafter else ""
     arguments = "".join(f", {one}" for one in [drafter.get("arguments")] if one)
     repository = f'"{name}"' if drafter["is_id"] else "..."
     load = f"`TreeFlashDraftModel.from_pretrained({repository}{arguments})`" if is_read else ""
@@ -64,3 +74,4 @@ def cells(drafter: dict, read: set[str]) -> list[str]:
 
 if __name__ == "__main__":
     (FOLDER / "README.md").write_text(render(), encoding="utf-8")
+    PAGE.write_text(render(ADDRESS), encoding="utf-8")

@@ -16,7 +16,9 @@ pytest.importorskip("rich")
 
 from hf_treeflash.cli import app  # noqa: E402
 
-COMMANDS = ("demo", "chat", "generate", "bench", "eval", "check", "inspect", "env", "train", "export", "push")
+COMMANDS = (
+    *("demo", "chat", "generate", "bench", "eval", "check", "inspect", "trace", "env", "train", "export", "push"),
+)
 SECONDS = 3.0  # of CPU for all helps in one process; a loose bound, for a slow machine
 
 PROBE = f"""

@@ -17,8 +17,10 @@ def rendering():
     return module
 
 
-def test_the_page_is_the_rendered_one():
-    assert (FOLDER / "README.md").read_text("utf-8") == rendering().render(), "run `python hub_cards/render.py`"
+def test_both_pages_are_the_rendered_ones():
+    module = rendering()
+    assert (FOLDER / "README.md").read_text("utf-8") == module.render(), "run `python hub_cards/render.py`"
+    assert module.PAGE.read_text("utf-8") == module.render(module.ADDRESS), "run `python hub_cards/render.py`"
 
 
 def test_every_card_has_a_row_and_every_row_a_reason():
