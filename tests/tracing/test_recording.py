@@ -1,6 +1,7 @@
 """A trace tells what a call did, and changes nothing of it."""
 
 import json
+import math
 import threading
 
 import pytest
@@ -12,6 +13,8 @@ from hf_treeflash.decoding import TreeDecoding
 from hf_treeflash.generation import DECODING
 from hf_treeflash.tracing import round_picture, write_trace
 from hf_treeflash.tracing.rounds import DRAFTED, FOUND, OWN, TracedRound, TracedText, lanes, pieces
+from hf_treeflash.tree import NodeTable, root_only, tree_from_tables
+from hf_treeflash.verify import Verdict
 from tests.helpers.pair_on_disk import letter_tokenizer
 from tests.helpers.tiny import tiny_drafter, tiny_target
 
@@ -120,6 +123,18 @@ def test_where_tokens_came_from():
     assert whole.origins == [FOUND, DRAFTED, OWN]
     cut = TracedRound(**tree, found=found, path=[0, 1], emitted=[6], certainty=[1.0])
     assert cut.origins == [FOUND]
+
+
+def test_nodes_that_a_smaller_tree_lacks_are_left_out():
+    small = NodeTable([5, 6], [-1, 0], [0, 1], [0.0, -1.0], [1, 3])
+    large = NodeTable([5, 6, 7], [-1, 0, 1], [0, 1, 2], [0.0, -1.0, -1.5], [1, 3, 7])
+    tree = tree_from_tables([small, large])
+    logits = torch.zeros(3, 24)
+    round = TracedRound.of_walk(tree, 0, Verdict([0], [9], False), logits, chain=[6, 7])
+    assert round.token_ids == [5, 6] and round.parents == [-1, 0] and round.found == [False, True]
+    assert round.drafter == pytest.approx([1.0, math.exp(-1)]) and round.target[1] == pytest.approx(1 / 24)
+    bare = TracedRound.of_walk(root_only(torch.tensor([5])), 0, Verdict([0], [9], False), logits[:1], chain=[])
+    assert bare.token_ids == [5] and bare.origins == [OWN]
 
 
 def test_what_lookup_found_is_told_from_what_was_drafted(pair):
