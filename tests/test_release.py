@@ -28,6 +28,12 @@ def test_the_version_is_the_same_wherever_it_is_written():
     assert re.findall(r"^version: (.+)$", citation, flags=re.M) == [hf_treeflash.__version__]
 
 
+def test_constraints_pin_one_version_a_line():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+(; .+)?", line) for line in lines)
+    assert len({line.split("==")[0] for line in lines}) == len(lines)
+
+
 def test_the_workflow_runs_what_ci_runs():
     local = re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(), flags=re.M)
     hosted = re.search(r"target: \[(.+)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
