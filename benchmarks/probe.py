@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     calls: dict[str, list[float]] = {"first": [], "second": []}
     for _ in range(args.repeats):
         forget(target, "exactness")
-        for name, seconds in calls.items():
+        for seconds in calls.values():
             synchronize(target.device)
             started = time.perf_counter()
             target.generate(
@@ -75,9 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             seconds.append(time.perf_counter() - started)
     look, first, second = (statistics.median(values) for values in (looks, *calls.values()))
     print(f"{args.max_new_tokens} tokens: {first:.3f} s in a first call, {second:.3f} s in a second")
-    print(
-        f"the look: {1000 * look:.1f} ms, {look / first:.2%} of the first call ({len(looks) / args.repeats:g} per call)"
-    )
+    print(f"the look: {1000 * look:.1f} ms, {look / first:.2%} of the first call ({len(looks)} looks)")
     if args.json:
         record = {"environment": machine(target.device), "look": looks, **calls}
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
