@@ -50,7 +50,7 @@ def check_restorable(cache: Cache | None) -> None:
     """
     if cache is None:
         raise ValueError("Tree drafting needs a target that keeps its state in a `Cache`, which this one does not.")
-    if getattr(cache, "offloading", False):
+    if cache.offloading:
         raise ValueError(
             "Tree drafting does not work on an offloaded cache, whose layers move between devices during a pass; use "
             "a plain `DynamicCache` (what `generate` makes by itself)."

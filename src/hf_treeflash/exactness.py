@@ -2,7 +2,8 @@
 
 Nearly every target's pass over a tree gives what its passes over one token at a time give. Where it does not, nothing
 in the config need say so, and the text would silently differ. So the first time a target is used it is looked at,
-three passes in all, before a token is emitted; and again behind each length that its config names.
+three passes in all, before a token is emitted; and once more behind a length at which it may change. That makes six
+passes at most: where more lengths are named, texts behind them are decoded token by token.
 """
 
 import torch
@@ -33,8 +34,11 @@ class Exactness:
     def __init__(self, verifier: Verifier, model_kwargs: dict, forward_kwargs: dict):
         self.probe = Probe(verifier, model_kwargs, forward_kwargs)
         self.target, self.lengths = verifier.target, Lengths.of(verifier.target)
+        # What transformers' own do behind the lengths that they name is known.
+        self.foreign = not type(verifier.target).__module__.startswith("transformers.")
+        self.watched = self.lengths.named if self.foreign else self.lengths.switches
         self.before = [(layer, dict(vars(layer))) for layer in model_kwargs[CACHE].layers]
-        self.faults: dict[int, str | None] = {}  # by how many of the named lengths a root stands behind
+        self.faults: dict[int, str | None] = {}  # by how many of the watched lengths a root stands behind
 
     def start(self, state: RoundState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
         """Look at the target once the prompts are read.
@@ -78,8 +82,7 @@ class Exactness:
         behind = self._behind(columns)
         if behind not in self.faults:
             if len(sequences.lengths) > 1:  # rows that stand apart take no step of plain decoding's together
-                foreign = not type(self.target).__module__.startswith("transformers.")
-                self._note(behind, "this was not looked at in a batch" if foreign else None)
+                self._note(behind, "this was not looked at in a batch" if self.foreign else None)
             elif room < 3:
                 return 1
             else:
@@ -100,7 +103,7 @@ class Exactness:
         return self.lengths.nodes(*(column + offset for column in columns for offset in self.offsets))
 
     def _behind(self, columns: list[int]) -> int:
-        return self.lengths.behind(max(columns) + max(self.offsets))
+        return sum(length <= max(columns) + max(self.offsets) for length in self.watched)
 
     def _note(self, behind: int, fault: str | None) -> None:
         self.faults[behind] = fault

@@ -75,7 +75,7 @@ def tree_decoding(
 
 def is_treeflash(drafter, generation_config) -> bool:
     """Whether a call is ours; `speculation_type="dflash"` asks for transformers' own chain."""
-    return is_drafter(drafter) and getattr(generation_config, "speculation_type", None) is None
+    return is_drafter(drafter) and generation_config.speculation_type is None
 
 
 def static_decoding() -> type[TreeDecoding]:

@@ -22,7 +22,7 @@ def fits_kernel(model, shapes: list[tuple[int, int, int]], like: torch.Tensor) -
         like (`torch.Tensor`):
             A tensor on their device.
     """
-    supported = getattr(model, "_supports_attention_backend", False) and not model.training
+    supported = model._supports_attention_backend and not model.training
     if kernels is None or not supported:
         return False
     return all(key == value and kernels.is_tileable(key) for _, key, value in shapes) and kernels.use_triton(like)

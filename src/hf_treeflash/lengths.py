@@ -69,10 +69,6 @@ class Lengths:
                 room = min(room, self.period - 1 - root % self.period or self.period)
         return room
 
-    def behind(self, root: int) -> int:
-        """Return how many of the named lengths a root stands behind."""
-        return sum(length <= root for length in self.named)
-
     def switch_between(self, first: int, last: int) -> int | None:
         """Return a switch that some passes with roots from `first` to `last` stand before and some behind."""
         return next((length for length in self.switches if first < length <= last), None)

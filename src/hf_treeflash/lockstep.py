@@ -35,7 +35,7 @@ def advances_together(
     """Return whether the rows of a call must not go ahead of each other.
 
     A streamer is handed columns; processors and criteria that we do not know may keep a state, look at other rows or
-    count their calls; and inputs with an entry for every row want every row in the batch.
+    count their calls; and inputs that may have an entry for every row want every row in the batch.
 
     Args:
         batch (`int`):
@@ -49,7 +49,9 @@ def advances_together(
         return False
     if streamer is not None or not all(type(criterion) in STATELESS_CRITERIA for criterion in stopping_criteria):
         return True
-    return not all(map(_is_row_by_row, processors)) or any(_has_entries(value, batch) for value in inputs.values())
+    return not all(map(_is_row_by_row, processors)) or any(
+        _may_have_entries(value, batch) for value in inputs.values()
+    )
 
 
 def _is_row_by_row(processor: LogitsProcessor) -> bool:
@@ -58,10 +60,16 @@ def _is_row_by_row(processor: LogitsProcessor) -> bool:
     return type(processor) in ROW_BY_ROW
 
 
-def _has_entries(value, batch: int) -> bool:
+def _may_have_entries(value, batch: int) -> bool:
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return False
     if isinstance(value, torch.Tensor):
-        return value.ndim > 0 and value.shape[0] == batch
-    return isinstance(value, list | tuple) and len(value) == batch
+        return batch in value.shape
+    if isinstance(value, dict):
+        return any(_may_have_entries(entry, batch) for entry in value.values())
+    if isinstance(value, list | tuple):
+        return len(value) == batch or any(_may_have_entries(entry, batch) for entry in value)
+    return True  # nobody knows what is in it
 
 
 class LockstepWalker(Walker):

@@ -90,7 +90,7 @@ def check_chain(drafter, generation_config: GenerationConfig) -> None:
     Raises:
         ValueError: Naming the field.
     """
-    if getattr(generation_config, "speculation_type", None) is None:
+    if generation_config.speculation_type is None:
         return
     known: dict[str, tuple] = {
         "first_slot": (1,),
@@ -275,7 +275,7 @@ def check_call(
             f"A TreeFlash drafter works with greedy decoding and sampling, not with {generation_mode.value}; "
             "set `num_beams=1`."
         )
-    if getattr(generation_config, "assistant_early_exit", None) is not None:
+    if generation_config.assistant_early_exit is not None:
         raise ValueError("`assistant_early_exit` drafts with the target itself; leave it out beside a drafter.")
     if mode_kwargs.get("synced_gpus"):
         raise ValueError("TreeFlash drafting does not run under `synced_gpus` (FSDP or ZeRO-3 inference).")

@@ -290,6 +290,31 @@ def test_what_it_costs():
         assert sizes[:4] == [20, 3, 1, 1]
 
 
+@pytest.mark.parametrize("kind", [Planted, ByColumn, SizeBeyond])
+def test_six_passes_at_most_over_several_lengths(kind):
+    """Behind the third length texts are decoded token by token; nothing is looked at in later calls."""
+    target = planted(kind, training_seq_length=20, max_seq_len=25, n_ctx=30, context_length=35)
+    sizes, calls = sizes_of_passes(target), []
+    texts = [planted(kind, training_seq_length=20).generate(prompt(10), **GREEDY)]
+    for _ in range(3):
+        texts.append(target.generate(prompt(10), assistant_model=drafter(), **GREEDY))
+        calls.append([*sizes])
+        sizes.clear()
+    assert all(torch.equal(texts[0], text) for text in texts)
+    assert calls[1] == calls[2] and len(calls[0]) == len(calls[1]) + 6
+    assert set(calls[1][-16:]) == {1} and max(calls[1][1:8]) > 1
+
+
+def test_transformers_own_are_looked_at_behind_switches_only():
+    target = tiny_target("llama", max_position_embeddings=20)
+    sizes = sizes_of_passes(target)
+    target.generate(prompt(10), assistant_model=drafter(), **GREEDY)
+    assert sizes[:4] == [10, 3, 1, 1]
+    first = len(sizes)
+    target.generate(prompt(10), assistant_model=drafter(), **GREEDY)
+    assert len(sizes) == 2 * first - 3
+
+
 def test_an_adapter_is_looked_at_anew():
     peft = pytest.importorskip("peft")
     target = tiny_target()
@@ -385,7 +410,6 @@ def test_lengths_are_read_from_a_config():
     lengths = Lengths((20, 50), (20,), ENDLESS, None)
     assert [lengths.nodes(root) for root in (5, 19, 20, 49)] == [15, 1, 30, 1] and lengths.nodes(50) == ENDLESS
     assert lengths.nodes(10, 17) == 3  # counted in two ways
-    assert [lengths.behind(root) for root in (19, 20, 50)] == [0, 1, 2]
     assert lengths.switch_between(10, 19) is None and lengths.switch_between(10, 20) == 20
     assert lengths.switch_between(20, 30) is None
     scaled = Lengths(period=8)  # queries of columns 7, 15, ... begin a new scale
