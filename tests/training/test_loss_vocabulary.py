@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_treeflash.training.blocks import output_layer_of
+from hf_treeflash.training.blocks import make_blocks, output_layer_of
 from hf_treeflash.training.loss_vocabulary import LossVocabulary
 from hf_treeflash.training.losses import score_rows
 
@@ -52,8 +52,6 @@ def test_rows_of_rare_labels_count_for_nothing(train, target):
     trainer = train(make_drafter(), data * 4 + rare, stage="joint", loss_vocabulary=2, max_steps=1)
     assert trainer.loss_vocabulary.frequent.tolist() == [6, 7]
     batch = trainer.data_collator(rare)
-    from hf_treeflash.training.blocks import make_blocks
-
     blocks = make_blocks(trainer.model, target, batch, with_head=True)
-    _, known = trainer._score(trainer.model, blocks, torch.randn(2, len(blocks.labels), 32))
+    _, known = trainer._score(trainer.model, blocks, {"": torch.randn(len(blocks.labels), 32)})
     assert torch.equal(known, blocks.labels < 40)
