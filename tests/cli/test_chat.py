@@ -163,6 +163,15 @@ def test_a_turn_that_cannot_be_answered_is_said_and_the_conversation_goes_on(tmp
     assert "5 tokens" in result.stderr
 
 
+def test_unnamed_it_is_the_chat_model_that_is_at_hand(tmp_path, monkeypatch):
+    places = save_pair(tmp_path, STABLE)
+    monkeypatch.setattr("hf_treeflash.bench.demo.chat_pair", lambda console: (places["--target"], places["--drafter"]))
+    result = testing.CliRunner().invoke(app, ["chat", "--max-new-tokens", "5"], input="bcd\n")
+    assert result.exit_code == 0 and "5 tokens" in result.stderr and "embedded pair" not in result.stderr
+    monkeypatch.setattr("hf_treeflash.bench.demo.chat_pair", lambda console: None)
+    assert "embedded pair" in testing.CliRunner().invoke(app, ["chat"], input="/quit\n").stderr
+
+
 class Letters:
     """A tokenizer whose token 0 is a line's end, 1 and 2 the halves of a character, and others letters."""
 

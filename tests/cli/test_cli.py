@@ -5,14 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.helpers.pair_on_disk import CHAT_TEMPLATE, save_pair
+from tests.helpers.tiny import tiny_drafter
 
 typer_testing = pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 
 from hf_treeflash.bench import demo  # noqa: E402
 from hf_treeflash.cli import app  # noqa: E402
+from hf_treeflash.cli.train import load_drafter  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,15 @@ def test_train(places, tmp_path):
     )
     assert len(samples.read_text().splitlines()) == 3
     assert {"model.safetensors", "command.txt"} < {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_train_gives_a_head_to_a_drafter_without(places, tmp_path):
+    tiny_drafter(head=False).save_pretrained(tmp_path)
+    head = {"ar_head": "markov", "head_rank": 4}
+    config = load_drafter(str(tmp_path), torch.float32, head).config
+    assert config.ar_head == "markov" and config.head_rank == 4
+    assert load_drafter(str(tmp_path), torch.float32, {}).config.ar_head is None
+    assert load_drafter(places["--drafter"], torch.float32, head).config.ar_head == "swiglu"
 
 
 def test_the_package_alone_imports_no_extra():

@@ -193,4 +193,16 @@ def test_a_reader_that_has_seen_enough_is_no_fault():
     code = "from hf_treeflash.__main__ import main; import sys; sys.argv = ['hf-treeflash', 'env', '--json']; main()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) as process:
         process.stdout.close()
-        assert process.stderr.read() == ""
+        said = process.stderr.read()
+    assert "Traceback" not in said and "BrokenPipe" not in said
+
+
+def test_an_interrupted_text_ends_without_a_traceback(places, monkeypatch):
+    from hf_treeflash.bench import answering
+
+    def interrupted(*args, on_round, **kwargs):
+        on_round([4, 5], None, 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answering, "answer", interrupted)
+    assert run(places, "generate", "abc", code=130).stdout == "ab\n"

@@ -33,12 +33,15 @@ def chat(
 ) -> None:
     """Talk with a target; both models keep what they have read from turn to turn.
 
-    /reset begins anew, /plain answers once more without the drafter, to compare, /quit ends.
+    /reset begins anew, /plain answers once more without the drafter, to compare, /quit ends. Without --target and
+    --drafter it is SmolLM2-135M-Instruct where the repository holds its drafter, else the embedded pair.
     """
     settings = {
         **options.sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         **options.given(repetition_penalty=repetition_penalty),
     }
+    if target is None and drafter is None:
+        target, drafter = chat_model()
     model, tokenizer, draft_model = load(
         target, drafter, device, dtype, tree_budget=tree_budget, num_candidates=num_candidates
     )
@@ -60,6 +63,13 @@ def chat(
     if show_draft:
         output().print(LEGEND)
     talk(conversation, show_draft)
+
+
+def chat_model() -> tuple[str | None, str | None]:
+    """Return a chat model and its drafter where they are at hand."""
+    from ..bench.demo import chat_pair
+
+    return chat_pair(errors()) or (None, None)
 
 
 def talk(conversation: Any, show_draft: bool) -> None:

@@ -1,6 +1,7 @@
 """`hf-treeflash train`: a drafter for a target, from one that exists."""
 
 from argparse import ArgumentParser
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
@@ -9,6 +10,15 @@ import typer
 from . import options
 from .options import model_source
 from .terminal import quiet_off_a_terminal
+
+
+class Head(str, Enum):
+    """Heads that condition a drafted token on the one before it."""
+
+    swiglu = "swiglu"
+    markov = "markov"
+    selector = "selector"
+    none = "none"
 
 
 def train(
@@ -26,8 +36,13 @@ def train(
         Path | None, typer.Option(help='Held-out prompts, as for "bench".', exists=True, dir_okay=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per response to a chat.", min=1)] = 1024,
-    ar_head: Annotated[str, typer.Option(help="For a drafter without a head: swiglu, markov, selector.")] = "swiglu",
     thinking: options.Thinking = False,
+    ar_head: Annotated[
+        Head, typer.Option("--ar-head", "--ar_head", help="Head for a drafter that has none.")
+    ] = Head.swiglu,
+    head_rank: Annotated[
+        int, typer.Option("--head-rank", "--head_rank", help="Width of a markov or selector head.", min=1, max=2**16)
+    ] = 256,
     arguments: Annotated[bool, typer.Option("--arguments", help="List the training arguments, and end.")] = False,
 ) -> None:
     """Train a drafter for a target, from one that exists; examples/train_drafter.py also starts from nothing.
@@ -52,8 +67,8 @@ def train(
         chats=chats,
         eval_prompts=eval_prompts,
         max_new_tokens=max_new_tokens,
-        ar_head=ar_head,
         thinking=thinking,
+        head={} if ar_head is Head.none else {"ar_head": ar_head.value, "head_rank": head_rank},
     )
 
 
@@ -89,15 +104,14 @@ def run(
     chats: str | None,
     eval_prompts: Path | None,
     max_new_tokens: int,
-    ar_head: str,
     thinking: bool,
+    head: dict[str, Any],
 ) -> None:
     """Make the responses, where they are not there yet, and train."""
     from ..bench.pairs import encode_messages, load_target
     from ..bench.prompts import read_prompts
     from ..generation import install_hook
     from ..hub.inspection import check_names
-    from ..modeling_treeflash import TreeFlashDraftModel
     from ..training import TreeFlashTrainer, chat_prompts, load_samples, regenerate
 
     check_names(target, drafter)
@@ -108,11 +122,8 @@ def run(
         prompts = chat_prompts(tokenizer, chats, enable_thinking=thinking)
         extra = {"enable_thinking": thinking, "data": chats}
         regenerate(model, tokenizer, prompts, samples, provenance_extra=extra, max_new_tokens=max_new_tokens)
-    draft_model = TreeFlashDraftModel.from_pretrained(drafter, dtype=model.dtype)
-    if draft_model.ar_head is None and arguments.stage != "backbone":
-        draft_model = TreeFlashDraftModel.from_pretrained(drafter, dtype=model.dtype, ar_head=ar_head)
     trainer = TreeFlashTrainer(
-        draft_model,
+        load_drafter(drafter, model.dtype, {} if arguments.stage == "backbone" else head),
         arguments,
         target=model,
         train_dataset=load_samples(samples),
@@ -120,3 +131,13 @@ def run(
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
+
+
+def load_drafter(name: str, dtype: Any, head: dict[str, Any]) -> Any:
+    """Load a drafter, with a fresh head where it has none."""
+    from ..modeling_treeflash import TreeFlashDraftModel
+
+    drafter = TreeFlashDraftModel.from_pretrained(name, dtype=dtype)
+    if drafter.config.ar_head is not None or not head:
+        return drafter
+    return TreeFlashDraftModel.from_pretrained(name, dtype=dtype, **head)
