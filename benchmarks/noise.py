@@ -8,6 +8,7 @@ quiet. The file is written after every call, and a run goes on where an earlier 
 """
 
 import argparse
+import functools
 import itertools
 import json
 from collections import defaultdict
@@ -28,6 +29,8 @@ from hf_treeflash.bench.pairs import describe_pair, load_pair, with_knobs
 from hf_treeflash.draft_head import DraftHead
 from hf_treeflash.training.responses import left_padded
 
+RANKINGS: dict[str, Callable] = {"known": nullcontext, "unknown": unknown_draws}
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tree-budgets", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--num-candidates", type=int, default=16, help="and branching")
     parser.add_argument("--draft-temperatures", type=float, nargs="+", help="the drafter's own by default")
-    parser.add_argument("--only-known", action="store_true", help="no draft that ranks by probability alone")
+    parser.add_argument("--draws", nargs="+", choices=["known", "unknown"], default=["known", "unknown"])
     parser.add_argument("--penalties", type=float, nargs="+", default=[], help="nats for what the call would cut")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--device")
@@ -69,15 +72,15 @@ def penalised(temperature: float, top_p: float, top_k: int, nats: float) -> Iter
 
 
 def ways(
-    setting: dict[str, Any], only_known: bool, penalties: list[float]
+    setting: dict[str, Any], draws: list[str], penalties: list[float]
 ) -> dict[str, Callable[[], AbstractContextManager]]:
     """Return the ways to rank that are compared at a setting, by name."""
     if not setting["temperature"]:
         return {"greedy": nullcontext}
-    found = {"known": nullcontext} if only_known else {"known": nullcontext, "unknown": unknown_draws}
+    found: dict[str, Callable] = {name: around for name, around in RANKINGS.items() if name in draws}
     if setting["top_p"] < 1 or setting["top_k"]:
         cuts = {name: setting[name] for name in ("temperature", "top_p", "top_k")}
-        found |= {f"known, {nats:g} nats": lambda nats=nats: penalised(**cuts, nats=nats) for nats in penalties}
+        found |= {f"known, {nats:g} nats": functools.partial(penalised, **cuts, nats=nats) for nats in penalties}
     return found
 
 
@@ -179,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed, setting in itertools.product(args.seeds, settings_of(args, drafter)):
         if seed != args.seeds[0] and not setting["temperature"]:
             continue  # nothing is drawn
-        for name, around in ways(setting, args.only_known, args.penalties).items():
+        for name, around in ways(setting, args.draws, args.penalties).items():
             row = {**setting, "draws": name, "seed": seed}
             if row not in done:
                 record["rows"].append(row | pair.count(seed, setting, around))

@@ -129,11 +129,11 @@ def test_the_draws_are_known_and_unknown_side_by_side(places, tmp_path, capsys):
 
 def test_recurrent_layers_are_counted(tmp_path, capsys):
     path = tmp_path / "out.json"
-    script("benchmarks/recurrent.py").main(["--nodes", "4", "--context", "8", "--repeats", "1", "--json", str(path)])
+    script("benchmarks/recurrent.py").main(["--nodes", "8", "--context", "4", "--repeats", "1", "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 6 and all(row["operations"] > 0 and row["pass_ms"] > 0 for row in rows)
-    # A product of 4 queries with 12 keys, and one with their values.
-    assert rows[0]["operations"] == 2 * 2 * 16 * 4 * 12 * 256
+    # A product of 8 queries with 12 keys, and one with their values.
+    assert rows[0]["operations"] == 2 * 2 * 16 * 8 * 12 * 256
 
 
 def test_noise_is_counted_with_and_without_and_a_run_goes_on(places, tmp_path, capsys, monkeypatch):
