@@ -27,7 +27,7 @@ class DraftingKnobs(NamedTuple):
             Previous tokens considered per slot, at most 1024.
         branching (`int`, defaults to 16):
             Next tokens considered per previous token, at most 1024.
-        draft_temperature (`float`, defaults to 1.0):
+        draft_temperature (`float`, defaults to 0.7):
             What the draft's logits are divided by, with the noise of the call's draws added where it samples; from
             0.001 to 1000. The further off the drafter's logits are, the higher.
         draft_window (`int`, *optional*):
@@ -41,7 +41,7 @@ class DraftingKnobs(NamedTuple):
     tree_budget: int = 64
     num_candidates: int = 16
     branching: int = 16
-    draft_temperature: float = 1.0
+    draft_temperature: float = 0.7
     draft_window: int | None = None
     draft_lm_head: str | None = None
     is_auto: bool = False

@@ -149,7 +149,7 @@ def test_noise_is_counted_with_and_without_and_a_run_goes_on(places, tmp_path, c
     assert "T 1, top-p 0.9, top-k 0, B 6" in capsys.readouterr().out
     script("benchmarks/noise_figures.py").main(["--counts", str(path)])
     table = capsys.readouterr().out.splitlines()
-    assert table[2].startswith("| 1 | 0 | 0.9 | 6 | 1 | 2 |") and table[3].startswith("| 1 | 0 | 1 | 6 | 1 | 2 |")
+    assert table[2].startswith("| 1 | 0 | 0.9 | 6 | 0.7 | 2 |") and table[3].startswith("| 1 | 0 | 1 | 6 | 0.7 | 2 |")
     monkeypatch.setattr(noise.Pair, "count", None)  # nothing is counted again
     noise.main([*argv, "--seeds", "0", "1"])
 

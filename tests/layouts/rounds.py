@@ -60,7 +60,7 @@ def drafted_rounds(target, drafter, lengths: tuple[int, ...] = (9,), **settings)
     for row, length in enumerate(lengths):
         mask[row, : max(lengths) - length] = 0
     drafter.draft = spy
-    with_knobs(drafter, tree_budget=12, num_candidates=VOCAB, branching=VOCAB)
+    with_knobs(drafter, tree_budget=12, num_candidates=VOCAB, branching=VOCAB, draft_temperature=1.0)
     inputs = {"input_ids": ids.masked_fill(mask == 0, 2), "attention_mask": mask}
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, **settings}
     try:
