@@ -29,7 +29,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def count_table(rows: list[dict[str, Any]]) -> str:
-    """Return τ of every setting by ranking and `draft_temperature`, all seeds together; gains are over unknown draws."""
+    """Return τ of every setting by ranking and `draft_temperature`, seeds pooled; gains are over unknown draws."""
     pooled: dict[tuple, dict[tuple, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for row in rows:
         key = tuple(row[name] for name in ("temperature", "top_k", "top_p", "tree_budget"))
