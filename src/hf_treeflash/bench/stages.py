@@ -74,7 +74,6 @@ def round_stages(
 ) -> dict[str, Any]:
     """Decode and return the median of every stage over all rounds, and the share outside the models."""
     watch = Stopwatch(target.device)
-
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
     def decode(prompt: torch.Tensor):
