@@ -29,20 +29,22 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def count_table(rows: list[dict[str, Any]]) -> str:
-    """Return τ of every setting, pooled over seeds, with the draws known and unknown."""
-    pooled: dict[tuple, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0, 0]))
+    """Return τ of every setting by ranking and `draft_temperature`, seeds pooled; gains are over unknown draws."""
+    pooled: dict[tuple, dict[tuple, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for row in rows:
-        key = tuple(row[name] for name in ("temperature", "top_k", "top_p", "tree_budget", "draft_temperature"))
-        for place, value in enumerate((row["tokens"], row["passes"], 1)):
-            pooled[key][row["draws"]][place] += value
-    lines = [["temperature", "top-k", "top-p", "nodes", "`draft_temperature`", "calls", "unknown", "known", "gain"]]
-    for key, ways in sorted(pooled.items()):
-        if {"known", "unknown"} <= set(ways):
-            before, after = (ways[name][0] / ways[name][1] for name in ("unknown", "known"))
-            gain = f"{after / before - 1:+.0%}"
-            lines.append(
-                [*(f"{part:g}" for part in key), str(ways["known"][2]), f"{before:.2f}", f"{after:.2f}", gain]
-            )
+        key = tuple(row[name] for name in ("temperature", "top_k", "top_p", "tree_budget"))
+        for place, value in enumerate((row["tokens"], row["passes"])):
+            pooled[key][row["draws"], row["draft_temperature"]][place] += value
+    ways = sorted({way for own in pooled.values() for way in own}, key=lambda way: (way[0] != "unknown", way))
+    lines = [["temperature", "top-k", "top-p", "nodes", *(f"{draws}, {sharpness:g}" for draws, sharpness in ways)]]
+    for key, own in sorted(pooled.items()):
+        tau = {way: tokens / passes for way, (tokens, passes) in own.items()}
+        before = next((tau[way] for way in ways if way[0] == "unknown" and way in tau), None)
+        gains = {
+            way: "" if before is None or way[0] == "unknown" else f" ({tau[way] / before - 1:+.0%})" for way in tau
+        }
+        cells = [f"{tau[way]:.2f}{gains[way]}" if way in tau else "" for way in ways]
+        lines.append([*(f"{part:g}" for part in key), *cells])
     return markdown(lines)
 
 

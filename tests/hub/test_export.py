@@ -132,6 +132,7 @@ def test_card_takes_every_number_from_the_evaluation(tmp_path, evaluation):
         for arm in result["arms"]:
             assert f"| {arm['name']} | {arm['tau']:.2f} | {arm['tokens_per_second']['median']:.0f} |" in text
     assert "sampled, temperature 0.7" in text and "`abc123`" in text
+    assert text.count("rank tokens by the noise the seed draws with") == 1, "of the sampled table alone"
     assert "python train.py --output run" in text
     assert "someone" not in text + (tmp_path / "out" / "evaluation.json").read_text()
 

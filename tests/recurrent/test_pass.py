@@ -52,13 +52,16 @@ def test_a_pass_leaves_states_and_a_rollback_everything(name, nodes):
     target, inputs = BY_NAME[name].build(), BY_NAME[name].inputs(2)
     cache, positions = prefilled(target, inputs)
     before = tensors_of(cache)
-    _, prefix = tree_logits(target, cache, inputs["attention_mask"], positions, a_tree(nodes))
+    logits, prefix = tree_logits(target, cache, inputs["attention_mask"], positions, a_tree(nodes))
     for layer, own in zip(prefix.cache.layers, cache.layers, strict=True):
         if getattr(layer, "recurrent_states", {0: None})[0] is not None:
             assert torch.equal(layer.recurrent_states[0], own.recurrent_states[0])
     prefix.rollback()
     for mine, theirs in zip(tensors_of(prefix.cache), before, strict=True):
         assert torch.equal(mine, theirs)
+    with torch.no_grad(), recording_past(prefix.cache):  # nor is anything of the pass left for the next one
+        again = Verifier(target)(a_tree(nodes), prefix, positions, {}).logits
+    torch.testing.assert_close(again, logits)
 
 
 @pytest.mark.parametrize("nodes", [1, 20])
@@ -201,10 +204,15 @@ def test_a_layer_that_calls_something_else_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "function", ["torch_chunk_gated_delta_rule", "causal_conv1d_fn"], ids=["the scan", "the convolution"]
+    ("name", "function"),
+    [
+        ("Qwen3.5", "torch_chunk_gated_delta_rule"),
+        ("Qwen3.5", "causal_conv1d_fn"),
+        ("LFM2", "causal_conv1d_fn"),  # nothing else of such a layer would notice
+    ],
 )
-def test_a_function_replaced_behind_our_back_is_found_out_before_a_state_is_written(monkeypatch, function):
-    family = BY_NAME["Qwen3.5"]
+def test_a_function_replaced_behind_our_back_is_found_out_before_a_state_is_written(monkeypatch, name, function):
+    family = BY_NAME[name]
     target, inputs = family.build(), family.inputs(2)
     cache, positions = prefilled(target, inputs)
     prefix, before = PrefixCache(copy.deepcopy(cache), inputs["attention_mask"].bool()), tensors_of(cache)
