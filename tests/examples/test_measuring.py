@@ -155,15 +155,15 @@ def test_noise_is_counted_with_and_without_and_a_run_goes_on(places, tmp_path, c
 
 
 def test_approximations_are_compared_with_the_exact_draft(places, tmp_path, capsys):
-    argv = [*options(places, "--target", "--drafter", "--prompts"), "--trees", "4:2", "8:4", "--draft-vocab", "1"]
+    argv = [*options(places, "--target", "--drafter", "--prompts"), "--trees", "4:2", "8:4", "--draft-vocabulary", "6"]
     script("benchmarks/approximations.py").main(
         [*argv, "--max-new-tokens", "12", "--json", str(tmp_path / "out.json")]
     )
     plain, *arms = json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"]
-    assert [arm["knobs"]["draft_vocab"] for arm in arms] == [None, None, 1, 1] * 2
-    assert [arm["knobs"]["draft_lm_head"] for arm in arms] == [None, "float8"] * 4
+    assert [arm["name"].partition(" ")[2].partition(" ")[2] for arm in arms] == ["exact", "float8", "vocabulary 6"] * 2
+    assert [arm["knobs"]["draft_lm_head"] for arm in arms] == [None, "float8", None] * 2
     assert plain["identical"] and all(arm["identical"] for arm in arms)
-    assert arms[0]["tau_kept"] == arms[4]["tau_kept"] == 1
+    assert arms[0]["tau_kept"] == arms[3]["tau_kept"] == 1
     # Of a random draft an approximation may even be the better one.
     assert arms[2]["tau"] != arms[0]["tau"] and arms[2]["tau_kept"] == arms[2]["tau"] / arms[0]["tau"]
     assert "of the exact draft's" in capsys.readouterr().out
