@@ -154,6 +154,30 @@ def test_noise_is_counted_with_and_without_and_a_run_goes_on(places, tmp_path, c
     noise.main([*argv, "--seeds", "0", "1"])
 
 
+def test_rounds_at_a_shape_are_compared_with_plain_steps(tmp_path, capsys):
+    argv = ["--shape", "tiny", "--context", "9", "--draft-vocabulary", "20", "--max-new-tokens", "8"]
+    out = ["--json", str(tmp_path / "out.json")]
+    script("benchmarks/stages.py").main([*argv, *out, "--tree-budget", "4", "--repeats", "2", "--eager"])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["shape"] == "tiny" and result["draft_vocabulary"] == 20 and result["rounds"] > 1
+    assert len(result["plain_steps_per_round"]["plain"]["all"]) == 2 and "per round" in capsys.readouterr().out
+    more = [
+        "--tree-budgets",
+        "4",
+        "--num-candidates",
+        "2",
+        "--temperatures",
+        "0",
+        "--repeats",
+        "1",
+        "--arms",
+        "TreeFlash",
+    ]
+    script("benchmarks/end_to_end.py").main([*argv, *out, *more])
+    assert json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"][1]["identical"]
+    assert "plain steps per pass" in capsys.readouterr().out
+
+
 def test_approximations_are_compared_with_the_exact_draft(places, tmp_path, capsys):
     argv = [*options(places, "--target", "--drafter", "--prompts"), "--trees", "4:2", "8:4", "--draft-vocabulary", "6"]
     script("benchmarks/approximations.py").main(
