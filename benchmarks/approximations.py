@@ -35,6 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="prompts to use, all by default")
     parser.add_argument("--trees", type=tree, nargs="+", default=[(16, 4), (64, 16)], help="budget:candidates")
     parser.add_argument("--draft-vocabulary", type=int, nargs="+", default=[1024, 512, 256, 128], help="tokens")
+    parser.add_argument("--responses", type=int, default=16, help="texts per prompt to count tokens in")
     parser.add_argument(
         "--samples", type=Path, help="responses of the target to count tokens in, as training has them"
     )
@@ -57,14 +58,17 @@ def arms(drafter, trees: list[tuple[int, int]], vocabularies: list[torch.Tensor]
     ]
 
 
-def responses(target, prompts: list[torch.Tensor], max_new_tokens: int) -> list[list[int]]:
-    """Return the target's own texts, their prompts left out."""
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
+def responses(target, prompts: list[torch.Tensor], count: int) -> list[list[int]]:
+    """Return what the target writes after prompts, without these: so many texts each, drawn at temperature 1."""
+    settings = {"max_new_tokens": 160, "do_sample": True, "top_k": 0, "eos_token_id": None}
+    torch.manual_seed(0)
     texts = []
     for prompt in prompts:
         prompt = prompt.to(target.device)
-        output = target.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-        texts.append(output[0, prompt.shape[1] :].tolist())
+        output = target.generate(
+            prompt, attention_mask=torch.ones_like(prompt), num_return_sequences=count, **settings
+        )
+        texts += output[:, prompt.shape[1] :].tolist()
     return texts
 
 
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = prompts_in(args.prompts, tokenizer, args.limit)
     prompts, others = prompts[: -(-len(prompts) // 2)], prompts[-(-len(prompts) // 2) :]
     texts = (
-        responses(target, others, args.max_new_tokens)
+        responses(target, others, args.responses)
         if args.samples is None
         else list(response_tokens(load_samples(args.samples)))
     )

@@ -161,19 +161,8 @@ def test_rounds_at_a_shape_are_compared_with_plain_steps(tmp_path, capsys):
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["shape"] == "tiny" and result["draft_vocabulary"] == 20 and result["rounds"] > 1
     assert len(result["plain_steps_per_round"]["plain"]["all"]) == 2 and "per round" in capsys.readouterr().out
-    more = [
-        "--tree-budgets",
-        "4",
-        "--num-candidates",
-        "2",
-        "--temperatures",
-        "0",
-        "--repeats",
-        "1",
-        "--arms",
-        "TreeFlash",
-    ]
-    script("benchmarks/end_to_end.py").main([*argv, *out, *more])
+    more = ["--tree-budgets", "4", "--num-candidates", "2", "--temperatures", "0", "--repeats", "1", "--limit", "1"]
+    script("benchmarks/end_to_end.py").main([*argv, *out, *more, "--arms", "TreeFlash"])
     assert json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"][1]["identical"]
     assert "plain steps per pass" in capsys.readouterr().out
 
@@ -181,7 +170,7 @@ def test_rounds_at_a_shape_are_compared_with_plain_steps(tmp_path, capsys):
 def test_approximations_are_compared_with_the_exact_draft(places, tmp_path, capsys):
     argv = [*options(places, "--target", "--drafter", "--prompts"), "--trees", "4:2", "8:4", "--draft-vocabulary", "6"]
     script("benchmarks/approximations.py").main(
-        [*argv, "--max-new-tokens", "12", "--json", str(tmp_path / "out.json")]
+        [*argv, "--max-new-tokens", "12", "--responses", "2", "--json", str(tmp_path / "out.json")]
     )
     plain, *arms = json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"]
     assert [arm["name"].partition(" ")[2].partition(" ")[2] for arm in arms] == ["exact", "float8", "vocabulary 6"] * 2
