@@ -1,7 +1,8 @@
-"""What drafting with an approximate output layer costs in τ: eight-bit weights, a narrowed vocabulary, and both.
+"""What drafting with less than the whole output layer costs in τ: eight-bit weights, and a draft vocabulary.
 
     python benchmarks/approximations.py --target FOLDER --drafter FOLDER --prompts prompts.json --json cost.json
 
+Vocabularies are counted on the second half of the prompts, or on `--samples`; τ is measured on the first half.
 τ is a count, so it does not depend on the machine being quiet; speeds are measured with `--repeats` alone.
 """
 
@@ -14,8 +15,9 @@ from transformers.utils import logging
 
 from hf_treeflash.bench.arms import Arm
 from hf_treeflash.bench.compare import compare
-from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair, with_knobs
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair, with_knobs, with_vocabulary
 from hf_treeflash.bench.tables import text_table
+from hf_treeflash.training import frequent_tokens, load_samples, response_tokens
 
 
 def tree(value: str) -> tuple[int, int]:
@@ -32,7 +34,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, help="prompts to use, all by default")
     parser.add_argument("--trees", type=tree, nargs="+", default=[(16, 4), (64, 16)], help="budget:candidates")
-    parser.add_argument("--draft-vocab", type=int, nargs="+", default=[512, 128], help="likely tokens per slot")
+    parser.add_argument("--draft-vocabulary", type=int, nargs="+", default=[1024, 512, 256, 128], help="tokens")
+    parser.add_argument("--responses", type=int, default=16, help="texts per prompt to count tokens in")
+    parser.add_argument(
+        "--samples", type=Path, help="responses of the target to count tokens in, as training has them"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=0, help="timed repeats")
     parser.add_argument("--device")
@@ -41,22 +47,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def arms(drafter, trees: list[tuple[int, int]], vocabularies: list[int]) -> list[Arm]:
+def arms(drafter, trees: list[tuple[int, int]], vocabularies: list[torch.Tensor]) -> list[Arm]:
     """Return, for every tree, the exact draft and each approximation of it."""
-    approximations = {
-        "exact": {},
-        "float8": {"draft_lm_head": "float8"},
-        **{f"vocab {size}": {"draft_vocab": size} for size in vocabularies},
-        **{f"float8, vocab {size}": {"draft_lm_head": "float8", "draft_vocab": size} for size in vocabularies},
-    }
+    approximations = {"exact": drafter, "float8": with_knobs(drafter, draft_lm_head="float8")}
+    approximations |= {f"vocabulary {len(kept)}": with_vocabulary(drafter, kept) for kept in vocabularies}
     return [
-        Arm(
-            f"B{budget} M{candidates} {name}",
-            with_knobs(drafter, tree_budget=budget, num_candidates=candidates, **knobs),
-        )
+        Arm(f"B{budget} M{candidates} {name}", with_knobs(view, tree_budget=budget, num_candidates=candidates))
         for budget, candidates in trees
-        for name, knobs in approximations.items()
+        for name, view in approximations.items()
     ]
+
+
+def responses(target, prompts: list[torch.Tensor], count: int) -> list[list[int]]:
+    """Return what the target writes after prompts, without these: so many texts each, drawn at temperature 1."""
+    settings = {"max_new_tokens": 160, "do_sample": True, "top_k": 0, "eos_token_id": None}
+    torch.manual_seed(0)
+    texts = []
+    for prompt in prompts:
+        prompt = prompt.to(target.device)
+        output = target.generate(
+            prompt, attention_mask=torch.ones_like(prompt), num_return_sequences=count, **settings
+        )
+        texts += output[:, prompt.shape[1] :].tolist()
+    return texts
 
 
 def prompts_in(path: Path, tokenizer, limit: int | None) -> list[torch.Tensor]:
@@ -73,10 +86,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     logging.disable_progress_bar()
     target, tokenizer, drafter = load_pair(args.target, args.drafter, device=args.device, dtype=args.dtype)
+    prompts = prompts_in(args.prompts, tokenizer, args.limit)
+    prompts, others = prompts[: -(-len(prompts) // 2)], prompts[-(-len(prompts) // 2) :]
+    texts = (
+        responses(target, others, args.responses)
+        if args.samples is None
+        else list(response_tokens(load_samples(args.samples)))
+    )
+    vocabularies = [frequent_tokens(texts, size) for size in args.draft_vocabulary]
     result = compare(
         target,
-        [Arm("plain"), *arms(drafter, args.trees, args.draft_vocab)],
-        prompts_in(args.prompts, tokenizer, args.limit),
+        [Arm("plain"), *arms(drafter, args.trees, vocabularies)],
+        prompts,
         task=args.prompts.stem,
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
@@ -87,6 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     for arm in result["arms"][1:]:
         shape = (arm["knobs"]["tree_budget"], arm["knobs"]["num_candidates"])
         arm["tau_kept"] = arm["tau"] / exact.setdefault(shape, arm["tau"])  # the exact draft comes first
+    result |= {
+        "counted_tokens": sum(map(len, texts)),
+        "different_tokens": len({token for text in texts for token in text}),
+    }
     print(text_table(result))
     for arm in result["arms"][1:]:
         print(f"{arm['name']:32} τ {arm['tau']:.3f}, {arm['tau_kept']:.1%} of the exact draft's")

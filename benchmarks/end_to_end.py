@@ -1,6 +1,7 @@
 """Measure every arm over budgets, candidates and temperatures, and write the evaluation a card is made from.
 
     python benchmarks/end_to_end.py --target FOLDER --drafter FOLDER --prompts prompts.json --json evaluation.json
+    python benchmarks/end_to_end.py --shape smollm2 --draft-vocabulary 8192 --compiled --temperatures 0
 
 Plain decoding and the chain run in the same repeats as the trees, so every speed-up compares neighbours in time.
 """
@@ -11,11 +12,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
 
+from shapes import SHAPES, prepare
 from transformers.utils import logging
 
-from hf_treeflash.bench.arms import Arm, tree_arm
+from hf_treeflash.bench.arms import Arm, plain_compiled, tree_arm
 from hf_treeflash.bench.compare import compare
-from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair, with_knobs, without_head
+from hf_treeflash.bench.pairs import with_knobs, without_head
 from hf_treeflash.bench.tables import text_table
 from hf_treeflash.decoding import TreeDecoding
 
@@ -26,9 +28,15 @@ def budget(value: str) -> int | str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--drafter", required=True)
-    parser.add_argument("--prompts", required=True, type=Path, help='JSON list of {"prompt": ...}')
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, instead of a pair: no tau")
+    parser.add_argument("--context", type=int, default=256, help="tokens of the prompt, with a shape")
+    parser.add_argument("--draft-vocabulary", type=int, help="draft so many tokens only, with a shape")
+    parser.add_argument("--target")
+    parser.add_argument("--drafter")
+    parser.add_argument("--prompts", type=Path, help='JSON list of {"prompt": ...}')
+    parser.add_argument(
+        "--compiled", action="store_true", help="plain decoding once more, compiled over a static cache"
+    )
     parser.add_argument("--limit", type=int, help="prompts to use, all by default")
     parser.add_argument("--task", help="name of the prompts; the file's by default")
     parser.add_argument("--tree-budgets", type=budget, nargs="+", default=[16, 32, 64], help="numbers, or auto")
@@ -45,7 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--json", type=Path, help="write the evaluation there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.shape is None and None in (args.target, args.drafter, args.prompts):
+        parser.error("give --shape, or --target, --drafter and --prompts")
+    return args
 
 
 def unknown_draws() -> AbstractContextManager:
@@ -96,20 +107,20 @@ def arms(
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     logging.disable_progress_bar()
-    target, tokenizer, drafter = load_pair(args.target, args.drafter, device=args.device, dtype=args.dtype)
-    listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
-    prompts = [encode_prompt(tokenizer, entry["prompt"], args.thinking) for entry in listed]
+    target, drafter, prompts, described = prepare(args)
     ways = arms(drafter, args.tree_budgets, args.num_candidates, args.prompt_lookup, args.static, args.without_noise)
     if args.arms:
         ways = [ways[0], *(arm for arm in ways[1:] if arm.name.startswith(tuple(args.arms)))]
-    record = {**describe_pair(target, tokenizer, drafter, args.thinking), "results": []}
+    if args.compiled:
+        ways.insert(1, plain_compiled())
+    record = {**described, "results": []}
     for temperature in args.temperatures:
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         result = compare(
             target,
             [arm for arm in ways if arm.around is not unknown_draws or temperature > 0],  # greedy: nothing is drawn
             prompts,
-            task=args.task or args.prompts.stem,
+            task=args.task or args.shape or args.prompts.stem,
             max_new_tokens=args.max_new_tokens,
             repeats=args.repeats,
             seed=args.seed,
@@ -117,6 +128,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         record["results"].append(result)
         print(f"\ntemperature {temperature}\n{text_table(result)}", flush=True)
+        for arm in result["arms"][1:]:
+            print(f"{arm['name']:32} {arm['tau'] / arm['speedup']['median']:.2f} plain steps per pass", flush=True)
         if args.json:  # after every temperature: a long run that is stopped keeps what it has
             args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

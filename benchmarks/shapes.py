@@ -1,13 +1,16 @@
 """Pairs of real shapes with random weights: honest times, and no τ."""
 
+import json
 import time
+from argparse import Namespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from hf_treeflash import TreeFlashConfig, TreeFlashDraftModel
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
 
 QWEN3 = {"vocab_size": 151936, "max_position_embeddings": 40960, "num_key_value_heads": 8, "head_dim": 128}
 QWEN3_4B = QWEN3 | {"num_hidden_layers": 36, "num_attention_heads": 32}
@@ -74,11 +77,20 @@ def random_prompt(target, length: int) -> torch.Tensor:
     return torch.randint(0, target.config.vocab_size, (1, length), generator=generator).to(target.device)
 
 
-def compiled() -> dict[str, Any]:
-    """Return what has plain `generate` compile the target on any device, over a static cache."""
-    config = CompileConfig(fullgraph=False, mode="default")
-    config._compile_all_devices = True
-    return {"cache_implementation": "static", "compile_config": config}
+def prepare(args: Namespace) -> tuple[Any, Any, list[torch.Tensor], dict]:
+    """Return target, drafter, prompts, and what to write down of the pair."""
+    if args.shape is None:
+        target, tokenizer, drafter = load_pair(args.target, args.drafter, device=args.device, dtype=args.dtype)
+        listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
+        thinking = getattr(args, "thinking", False)
+        prompts = [encode_prompt(tokenizer, entry["prompt"], thinking) for entry in listed]
+        return target, drafter, prompts, describe_pair(target, tokenizer, drafter, thinking)
+    dtype = getattr(torch, args.dtype or "float32")
+    target, drafter = random_pair(args.shape, torch.device(args.device or "cpu"), dtype)
+    if args.draft_vocabulary is not None:
+        drafter.set_draft_vocabulary(torch.arange(args.draft_vocabulary))
+    described = {"shape": args.shape, "context": args.context, "draft_vocabulary": args.draft_vocabulary}
+    return target, drafter, [random_prompt(target, args.context)], described
 
 
 class FirstToken(BaseStreamer):

@@ -13,15 +13,14 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from shapes import SHAPES, compiled, pass_ms, random_pair, random_prompt
+from shapes import SHAPES, pass_ms, prepare
 from transformers.utils import logging
 
+from hf_treeflash.bench.arms import plain_compiled
 from hf_treeflash.bench.compare import environment
 from hf_treeflash.bench.measuring import in_turn, spread
-from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
 from hf_treeflash.bench.stages import MODELS, round_stages
 
 
@@ -29,7 +28,7 @@ def against_plain(target, drafter, prompt: torch.Tensor, max_new_tokens: int, re
     """Time rounds and plain steps in turn; return milliseconds of each, and plain steps per round."""
     ways = {"plain": (None, {}), "round": (drafter, {})}
     if compiles:
-        ways["plain, compiled"] = None, compiled()
+        ways["plain, compiled"] = None, plain_compiled().options
     timers = {
         name: partial(pass_ms, target, model, prompt.to(target.device), max_new_tokens, **way)
         for name, (model, way) in ways.items()
@@ -45,21 +44,6 @@ def against_plain(target, drafter, prompt: torch.Tensor, max_new_tokens: int, re
             for name, values in plain.items()
         },
     }
-
-
-def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[torch.Tensor], dict]:
-    """Return target, drafter, prompts, and what to write down of the pair."""
-    if args.shape is None:
-        target, tokenizer, drafter = load_pair(args.target, args.drafter, device=args.device, dtype=args.dtype)
-        listed = json.loads(args.prompts.read_text(encoding="utf-8"))[: args.limit]
-        prompts = [encode_prompt(tokenizer, entry["prompt"]) for entry in listed]
-        return target, drafter, prompts, describe_pair(target, tokenizer, drafter)
-    dtype = getattr(torch, args.dtype or "float32")
-    target, drafter = random_pair(args.shape, torch.device(args.device or "cpu"), dtype)
-    if args.draft_vocabulary is not None:
-        drafter.set_draft_vocabulary(torch.arange(args.draft_vocabulary))
-    described = {"shape": args.shape, "context": args.context, "draft_vocabulary": args.draft_vocabulary}
-    return target, drafter, [random_prompt(target, args.context)], described
 
 
 def show(result: dict) -> None:

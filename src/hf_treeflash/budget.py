@@ -7,7 +7,7 @@ from .memory import recall, remember
 from .tree import DraftTree
 
 PLAIN = 1  # a tree of the root alone: no draft, one token
-RESTS = (64, 256)  # rounds of the longest rest, at first and after failing again and again
+RESTS = (128, 256)  # rounds of the longest rest, at first and after failing again and again
 
 
 @dataclass

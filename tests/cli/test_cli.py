@@ -58,9 +58,10 @@ def test_bench_then_export_then_push(places, tmp_path):
 
 def test_vocabulary(places, tmp_path):
     samples = tmp_path / "samples.jsonl"
-    samples.write_text(json.dumps({"input_ids": [3, 3, 9, 7, 9, 9, 8], "prompt_length": 2}) + "\n")
+    texts = [[3, 3, 9, 7, 9, 9, 8, 8], [4, 3, 9, 9, 8, 6]]
+    samples.write_text("".join(json.dumps({"input_ids": text, "prompt_length": 2}) + "\n" for text in texts))
     output = run("vocabulary", places["--drafter"], samples, tmp_path / "out", "--size", 2)
-    assert "drafts 2 tokens, 80.00% of what the responses hold" in output
+    assert "drafts 2 tokens, the most frequent ones of 10" in output and "hold 75.0% of the other" in output
     assert json.loads((tmp_path / "out" / "config.json").read_text())["draft_vocab_size"] == 2
     assert "draft_vocab_size" in run("inspect", tmp_path / "out")
     assert "9 tokens, τ " in run(

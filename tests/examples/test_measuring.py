@@ -156,18 +156,31 @@ def test_noise_is_counted_with_and_without_and_a_run_goes_on(places, tmp_path, c
     noise.main([*argv, "--seeds", "0", "1"])
 
 
+def test_rounds_at_a_shape_are_compared_with_plain_steps(tmp_path, capsys):
+    argv = ["--shape", "tiny", "--context", "9", "--draft-vocabulary", "20", "--max-new-tokens", "8"]
+    out = ["--json", str(tmp_path / "out.json")]
+    script("benchmarks/stages.py").main([*argv, *out, "--tree-budget", "4", "--repeats", "2", "--eager"])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["shape"] == "tiny" and result["draft_vocabulary"] == 20 and result["rounds"] > 1
+    assert len(result["plain_steps_per_round"]["plain"]["all"]) == 2 and "per round" in capsys.readouterr().out
+    more = ["--tree-budgets", "4", "--num-candidates", "2", "--temperatures", "0", "--repeats", "1", "--limit", "1"]
+    script("benchmarks/end_to_end.py").main([*argv, *out, *more, "--arms", "TreeFlash"])
+    assert json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"][1]["identical"]
+    assert "plain steps per pass" in capsys.readouterr().out
+
+
 def test_approximations_are_compared_with_the_exact_draft(places, tmp_path, capsys):
-    argv = [*options(places, "--target", "--drafter", "--prompts"), "--trees", "4:2", "8:4", "--draft-vocab", "1"]
+    argv = [*options(places, "--target", "--drafter", "--prompts"), "--trees", "4:2", "8:4", "--draft-vocabulary", "2"]
     script("benchmarks/approximations.py").main(
-        [*argv, "--max-new-tokens", "12", "--json", str(tmp_path / "out.json")]
+        [*argv, "--max-new-tokens", "12", "--responses", "2", "--json", str(tmp_path / "out.json")]
     )
     plain, *arms = json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"]
-    assert [arm["knobs"]["draft_vocab"] for arm in arms] == [None, None, 1, 1] * 2
-    assert [arm["knobs"]["draft_lm_head"] for arm in arms] == [None, "float8"] * 4
+    assert [arm["name"].partition(" ")[2].partition(" ")[2] for arm in arms] == ["exact", "float8", "vocabulary 2"] * 2
+    assert [arm["knobs"]["draft_lm_head"] for arm in arms] == [None, "float8", None] * 2
     assert plain["identical"] and all(arm["identical"] for arm in arms)
-    assert arms[0]["tau_kept"] == arms[4]["tau_kept"] == 1
+    assert arms[0]["tau_kept"] == arms[3]["tau_kept"] == 1
     # Of a random draft an approximation may even be the better one.
-    assert arms[2]["tau"] != arms[0]["tau"] and arms[2]["tau_kept"] == arms[2]["tau"] / arms[0]["tau"]
+    assert arms[5]["tau"] != arms[3]["tau"] and arms[5]["tau_kept"] == arms[5]["tau"] / arms[3]["tau"]
     assert "of the exact draft's" in capsys.readouterr().out
 
 

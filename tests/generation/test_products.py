@@ -79,6 +79,18 @@ def test_the_fastest_way_is_taken_if_it_is_worth_it(monkeypatch, gain):
     assert calls == [0, 1, 2] * module.TRIALS + [other if gain < 0.9 else usual] * 2
 
 
+def test_a_way_that_fails_is_not_taken_again(monkeypatch):
+    def fails(rows, weight):
+        raise RuntimeError("not built with it")
+
+    monkeypatch.setattr(module, "ways", lambda weight: [F.linear, fails])
+    chosen, layer = Products(), nn.Linear(8, 48)
+    for _ in range(module.TRIALS + 2):
+        states = torch.randn(5, 8)
+        torch.testing.assert_close(chosen(layer, states), layer(states))
+    assert list(chosen.fastest.values()) == [F.linear]
+
+
 def test_layers_are_as_they_were_after_a_call_that_breaks(monkeypatch):
     monkeypatch.setattr(module, "LARGE", 1)
     target, drafter = tiny_target(), tiny_drafter()

@@ -89,7 +89,7 @@ def test_sizes_are_tried_upwards_and_only_while_they_promise_more():
 def test_it_retreats_after_one_or_two_rounds_and_tries_again():
     chosen, _ = call(new_budget(8), CPU_8, 0.3, 300, batch=8)
     assert chosen[:2] == [PLAIN, 8] and chosen[3:30].count(PLAIN) == 27
-    assert chosen[60:].count(8) >= 2 and set(chosen) == {PLAIN, 8}
+    assert chosen[100:].count(8) >= 1 and set(chosen) == {PLAIN, 8}
 
 
 def test_it_recovers_when_drafting_pays_again():

@@ -139,6 +139,14 @@ def with_knobs(drafter, **knobs):
     return view
 
 
+def with_vocabulary(drafter, token_ids: torch.Tensor):
+    """Return a view of a drafter, sharing its weights, that drafts these tokens only."""
+    view = with_knobs(drafter)
+    view._buffers, view.config = dict(drafter._buffers), copy.deepcopy(drafter.config)
+    view.set_draft_vocabulary(token_ids)
+    return view
+
+
 def without_head(drafter):
     """Return a view of a drafter, sharing its weights, that drafts from its marginals (of a PEFT model's base)."""
     base = drafter.get_base_model() if hasattr(drafter, "get_base_model") else drafter

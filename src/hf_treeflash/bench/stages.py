@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from .. import candidate_generator, decoding, draft_head, modeling_treeflash, noise, transitions
+from .. import ar_head, candidate_generator, decoding, draft_head, modeling_treeflash, noise, transitions
 from .arms import Arm
 from .measuring import Stopwatch, host_milliseconds
 
@@ -40,6 +40,7 @@ def stages_timed(target, drafter, watch: Stopwatch) -> Iterator[None]:
         (drafter, "draft", "noise, shortlist top-k"),
         (drafter, "backbone", "drafter forward"),
         (target, "forward", "target forward"),
+        (ar_head, "top_log_probs", "top-k and log-sum-exp"),
     ]
     if drafter.ar_head is not None:
         places.append((drafter.ar_head, "states" if drafter.config.ar_head == "swiglu" else "code", "AR head"))

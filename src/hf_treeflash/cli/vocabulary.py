@@ -20,7 +20,7 @@ def vocabulary(
     """Have a drafter draft frequent tokens only: rounds cost less, and texts stay the target's."""
     quiet_off_a_terminal()
     from ..modeling_treeflash import TreeFlashDraftModel
-    from ..training.draft_vocabulary import frequent_tokens, response_tokens
+    from ..training.draft_vocabulary import frequent_tokens, held_out_share, response_tokens
     from ..training.responses import load_samples
 
     texts = list(response_tokens(load_samples(samples)))
@@ -28,6 +28,6 @@ def vocabulary(
     model = TreeFlashDraftModel.from_pretrained(drafter, dtype="auto")
     model.set_draft_vocabulary(kept)
     model.save_pretrained(folder)
-    known, tokens = set(kept.tolist()), [token for text in texts for token in text]
-    share = sum(token in known for token in tokens) / max(1, len(tokens))
-    typer.echo(f"{folder} drafts {size} tokens, {share:.2%} of what the responses hold")
+    share, counted = held_out_share(texts, size), sum(map(len, texts))
+    typer.echo(f"{folder} drafts {size} tokens, the most frequent ones of {counted}")
+    typer.echo(f"so many of one half of the responses hold {share:.1%} of the other: more responses choose better")

@@ -37,9 +37,24 @@ def frequent_tokens(texts: Iterable[Sequence[int]], size: int) -> torch.Tensor:
     return torch.tensor(sorted(kept))
 
 
+def held_out_share(texts: Sequence[Sequence[int]], size: int) -> float:
+    """Return what share of the odd texts' tokens is among the even ones' most frequent.
+
+    It shows whether the texts are enough to choose a vocabulary by: the share of texts that were counted themselves is
+    always high.
+
+    Args:
+        texts (`Sequence[Sequence[int]]`), size (`int`):
+            As [`frequent_tokens`] takes them; at least two texts that are not empty.
+    """
+    known = set(frequent_tokens(texts[::2], size).tolist())
+    tokens = [token for text in texts[1::2] for token in text]
+    return sum(token in known for token in tokens) / max(1, len(tokens))
+
+
 def response_tokens(samples: Iterable[dict]) -> Iterable[list[int]]:
     """Return what the target wrote in samples of [`regenerate`], their prompts left out."""
     return (sample["input_ids"][sample["prompt_length"] :] for sample in samples)
 
 
-__all__ = ["frequent_tokens", "response_tokens"]
+__all__ = ["frequent_tokens", "held_out_share", "response_tokens"]
