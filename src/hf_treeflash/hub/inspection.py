@@ -147,12 +147,12 @@ def sizes(config: TreeFlashConfig | None, layout: Layout | None, tensors: list[S
         name = tensor.name
         for pattern, replacement in (layout.names if layout else {}).items():
             name = re.sub(pattern, replacement, name)
-        part = "carried of the target, not read" if name in PASSED_OVER else name.partition(".")[0]
+        part = "carried, not read" if name in PASSED_OVER else name.partition(".")[0]
         counts[part] += math.prod(tensor.shape)
-    carried = counts.pop("carried of the target, not read", 0)
+    carried = counts.pop("carried, not read", 0)
     found: dict[str, Any] = {"parameters": counts.total(), "by part": dict(counts.most_common())}
     if carried:
-        found["carried of the target, not read"] = carried
+        found["carried, not read"] = carried
     found["stored as"] = sorted({tensor.dtype for tensor in tensors})
     if config is not None:
         found |= {name: value for name in SIZES if (value := getattr(config, name)) is not None}
