@@ -103,12 +103,17 @@ class SelectorHead(MarkovHead):
         return vectors * self.project(normed)
 
     def logits(self, states: torch.Tensor, lm_head: Callable, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Return logits of rows, given an output layer over all tokens; those not considered keep their own."""
+        """Return logits of rows, given an output layer over all tokens.
+
+        The tokens that are considered share the probability that they had together; the others keep theirs. So what is
+        learnt is what is drafted by: how the former compare.
+        """
         normed, code = self._split(states)
         base = lm_head(normed)
-        chosen = base.topk(min(self.top_k, base.shape[-1]), dim=-1).indices  # (..., top_k)
-        products = (self.following(chosen) @ code[..., None])[..., 0]
-        return base.scatter_add(-1, chosen, products.to(base.dtype))
+        before, chosen = base.topk(min(self.top_k, base.shape[-1]), dim=-1)  # (..., top_k)
+        after = before + (self.following(chosen) @ code[..., None])[..., 0]
+        after = after + before.logsumexp(-1, keepdim=True) - after.logsumexp(-1, keepdim=True)
+        return base.scatter(-1, chosen, after.to(base.dtype))
 
     def scorer(
         self, slots: Slots, norm: nn.Module, lm_head: Callable, knobs: DraftingKnobs

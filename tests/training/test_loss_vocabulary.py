@@ -46,6 +46,15 @@ def test_training_over_frequent_tokens_resumes_bitwise(train, tmp_path):
     assert changed(start, weights(whole)) == set(start)
 
 
+def test_a_markov_head_trains_over_frequent_tokens_and_a_selector_is_refused(train, samples):
+    drafter = make_drafter(ar_head="markov", head_rank=6)
+    before = weights(drafter)
+    train(drafter, samples, stage="joint", loss_vocabulary=20, loss_drawn_tokens=6)
+    assert changed(before, weights(drafter)) == set(before)
+    with pytest.raises(ValueError, match="selector"):
+        train(make_drafter(ar_head="selector", head_rank=6), samples, stage="head", loss_vocabulary=20)
+
+
 def test_rows_of_rare_labels_count_for_nothing(train, target):
     data = [{"input_ids": [2, 3, 4, 5] + [6, 7] * 8, "prompt_length": 4} for _ in range(4)]
     rare = [{"input_ids": [2, 3, 4, 5] + [6, 7] * 7 + [40, 41], "prompt_length": 4}]
