@@ -5,6 +5,7 @@ fastest way to it hangs on machine, shape and rows. So each way is tried while p
 take turns, which also shows every way the weight as a pass finds it, not in the cache.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,11 +143,18 @@ def takes_turns(module: Any) -> bool:
 products = Products()
 
 
+def _on_thread(thread: int, layer: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """Multiply in the fastest way on one thread; others may be decoding plainly with the same model."""
+    if threading.get_ident() != thread:
+        return F.linear(states, layer.weight, layer.bias)
+    return products(layer, states)
+
+
 @contextmanager
 def quick_products(*models: Any) -> Iterator[None]:
     """Have large linear layers on a CPU multiply a few rows in the fastest way, while the context is open.
 
-    Nothing is changed under autocast, or where deterministic algorithms are asked for.
+    Nothing is changed for other threads, under autocast, or where deterministic algorithms are asked for.
 
     Args:
         models (`nn.Module`):
@@ -155,8 +163,9 @@ def quick_products(*models: Any) -> Iterator[None]:
     left = torch.is_autocast_enabled("cpu") or torch.are_deterministic_algorithms_enabled()
     layers = [] if left else [module for model in models for module in model.modules() if takes_turns(module)]
     layers = list(dict.fromkeys(layers))
+    thread = threading.get_ident()
     for layer in layers:
-        layer.forward = partial(products, layer)
+        layer.forward = partial(_on_thread, thread, layer)
     try:
         yield
     finally:

@@ -1,5 +1,7 @@
 """Products of a few rows: the same whichever way they are computed, chosen by time, and gone after the call."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -126,3 +128,15 @@ def test_what_is_left_alone(monkeypatch, change):
 
 def test_a_weight_that_cannot_be_cut_has_fewer_ways():
     assert module.in_blocks in ways(torch.zeros(96, 4)) and module.in_blocks not in ways(torch.zeros(97, 4))
+
+
+def test_other_threads_see_the_layers_own_products(monkeypatch):
+    monkeypatch.setattr(module, "LARGE", 1)
+    monkeypatch.setattr(module, "products", lambda layer, states: states * 0)
+    layer, states, seen = nn.Linear(8, 8), torch.randn(4, 8), []
+    with quick_products(layer):
+        other = threading.Thread(target=lambda: seen.append(layer(states)))
+        other.start()
+        other.join()
+        assert not layer(states).any()
+    assert torch.equal(seen[0], layer(states))

@@ -152,7 +152,10 @@ def test_a_fresh_head_drafts_the_marginal_trees(target, fields):
     drafter.ar_head.top_k = VOCAB  # which the marginals do not narrow to
     headless = tiny_drafter(head=False, **{key: value for key, value in fields.items() if key != "ar_head"})
     headless.load_state_dict(drafter.state_dict(), strict=False)
-    inputs, knobs = drafting_inputs(drafter, target), DraftingKnobs(num_candidates=VOCAB, branching=VOCAB, draft_temperature=1.0)
+    inputs, knobs = (
+        drafting_inputs(drafter, target),
+        DraftingKnobs(num_candidates=VOCAB, branching=VOCAB, draft_temperature=1.0),
+    )
     trees = [build_tree(one.draft(*inputs, knobs=knobs), inputs[0], 16) for one in (drafter, headless)]
     assert torch.equal(trees[0].token_ids, trees[1].token_ids) and torch.equal(trees[0].parents, trees[1].parents)
 
