@@ -7,6 +7,8 @@ from transformers import DynamicCache
 from hf_treeflash.choice import Uploaded
 from tests.families.checks import assert_same_cache, drafter_for, ending_at
 from tests.helpers.batches import OwnLimit, padded
+from tests.helpers.pair_on_disk import letter_tokenizer
+from tests.helpers.quoting import knows, quoting_drafter
 from tests.helpers.tiny import tiny_target
 
 
@@ -21,6 +23,25 @@ def test_rows_whose_texts_end_together_leave_plain_decodings_cache(family):
         tree = target.generate(**inputs, assistant_model=drafter, stopping_criteria=[OwnLimit(limits)], **settings)
         assert torch.equal(plain.sequences, tree.sequences)
         assert_same_cache(tree.past_key_values, plain.past_key_values, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_rows_that_ran_ahead_are_cut_back(family):
+    """A row that has met its stop string is written on until the others have; one may get ahead of where all end."""
+    target, inputs, ahead = tiny_target(family), padded(3), []
+    settings = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "return_dict_in_generate": True}
+    for stops in ("k", "j", "b"):
+        stopping = settings | {"stop_strings": [stops], "tokenizer": letter_tokenizer()}
+        plain = target.generate(**inputs, **stopping)
+        longer = target.generate(**inputs, **settings)
+        drafter = quoting_drafter(tree_budget=32)
+        knows(drafter, longer.sequences, inputs["attention_mask"])
+        tree = target.generate(**inputs, assistant_model=drafter, **stopping)
+        assert torch.equal(plain.sequences, tree.sequences)
+        assert_same_cache(tree.past_key_values, plain.past_key_values, inputs["attention_mask"])
+        new = plain.sequences.shape[1] - inputs["input_ids"].shape[1]
+        ahead += [1 + sum(lengths) - new for lengths in tree.acceptance_lengths]
+    assert max(ahead) > 0
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_sliding"])

@@ -228,7 +228,7 @@ def draw(seed: int) -> Situation:
     if draws.random() < 0.3:
         window = {"draft_window": draws.choice([None, 3, 12]), "draft_temperature": draws.choice([0.5, 1.0, 2.0])}
         knobs |= {"num_candidates": draws.randint(1, 12), "branching": draws.randint(1, 12), **window}
-        knobs["draft_vocab"] = draws.choice([None, 8])
+        knobs["draft_lm_head"] = draws.choice([None, "float8"])
     # Static rounds want the drafter's tables, which one that quotes has not.
     quotes = draws.random() < 0.6 and settings.get("cache_implementation") != "static"
     return Situation(

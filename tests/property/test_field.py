@@ -187,4 +187,5 @@ def test_situations(group, tmp_path):
     logging.set_verbosity_warning()
     assert not differences, f"{len(differences)} of {CASES}; the first: {differences[0]}"
     assert counts["equal"] > 0.8 * CASES
+    assert sum(count for what, count in counts.items() if what.startswith("refused")) < 0.05 * CASES
     assert counts["a tie"] <= 0.01 * CASES
