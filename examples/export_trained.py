@@ -1,8 +1,8 @@
 """Turn a checkpoint of a training into the folder that is shipped: half precision, knobs, code, card, training record.
 
-The drafter of SmolLM2-135M-Instruct in this repository is made so, from the training that README.md names:
+So the drafter of SmolLM2-135M-Instruct is made from the training that README.md names:
 
-    python examples/export_trained.py build/smollm2/checkpoint-6000 drafters/smollm2-135m-instruct-treeflash \\
+    python examples/export_trained.py build/smollm2 drafters/smollm2-135m-instruct-treeflash \\
         --target HuggingFaceTB/SmolLM2-135M-Instruct --license apache-2.0 --tree_budget 16 --evaluation evaluation.json
 
 The evaluation is what `hf-treeflash bench --json` wrote about this very checkpoint in bfloat16.
@@ -37,7 +37,7 @@ def training_record(checkpoint: Path) -> dict:
 def main(argv: list[str] | None = None) -> list[str]:
     """Write the folder, and return its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="folder of the Trainer's")
+    parser.add_argument("checkpoint", type=Path, help="folder that the Trainer wrote")
     parser.add_argument("folder", type=Path, help="where to write: new, empty, or an earlier export")
     parser.add_argument("--target", required=True, help="Hub id of the target")
     parser.add_argument("--license", help="of the weights")

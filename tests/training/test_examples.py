@@ -103,6 +103,22 @@ def test_a_checkpoint_is_exported_with_its_record(example, pair, tmp_path):
     assert shipped.dtype == torch.bfloat16 and shipped.generation_config.tree_budget == 8
 
 
+def test_train_smollm2_in_a_given_time(example, pair, tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "target")
+    options = {"target": tmp_path / "target", "output_dir": tmp_path / "smollm2", "data_minutes": 0.01}
+    options |= {"train_minutes": 0.03, "generate_batch_size": 4, "max_new_tokens": 12, "eval_max_new_tokens": 6}
+    options |= {"eval_prompts": 2, "layers": 2, "block_size": 4, "target_layer_ids": 2, "mask_token_id": 1}
+    options |= {"loss_vocabulary": 20, "warmup_steps": 1, "logging_steps": 1, "num_anchors": 3}
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    assert example("train_smollm2").main([*arguments, "--use_cpu"]) >= 1.0
+    made = sorted(path.name for path in (tmp_path / "smollm2" / "data").glob("*.jsonl"))
+    assert {"greedy_0.jsonl", "prompts.jsonl", "sampled_0.jsonl"} <= set(made)
+    log = json.loads((tmp_path / "smollm2" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in log if "loss" in entry]
+    assert len(rates) > 1 and rates == sorted(rates, reverse=True) and rates[-1] < 0.7 * rates[0]
+    assert TreeFlashDraftModel.from_pretrained(tmp_path / "smollm2").config.target_layer_ids == [2]
+
+
 def test_finetune_lora(example, pair, tmp_path):
     figures = example("finetune_lora").main([*pair, "--rank", "4", "--base_id", str(tmp_path / "drafter")])
     assert figures["before"] >= 1.0

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,9 +101,8 @@ def self_prompts(
     options["max_new_tokens"] = max_new_tokens
     settings = {"batch_size": batch_size, "seed": seed, "openings": list(openings), "enable_thinking": enable_thinking}
     begin(output_file, provenance(target, tokenizer, options, **settings))
-    rows, seen, empty = finished_rows(output_file), NearDuplicates(), 0
-    for row in rows:
-        seen.adds(turn.ids(row["prompt"].lower()))
+    rows, empty = finished_rows(output_file), 0
+    seen = NearDuplicates(turn.ids(row["prompt"].lower()) for row in rows)
     number = rows[-1]["batch"] + 1 if rows else 0
     with open(output_file, "a") as file, tqdm(total=count, initial=len(rows), desc="prompts") as bar:
         while len(rows) < count:
@@ -177,11 +176,18 @@ class UserTurn:
 
 
 class NearDuplicates:
-    """Texts that differ: a new one shares less than 60 % of its token pairs with any other."""
+    """Texts that differ: a new one shares less than 60 % of its token pairs with any other.
 
-    def __init__(self):
+    Args:
+        texts (`Iterable[Sequence[int]]`, *optional*):
+            Token ids of texts that are known to differ.
+    """
+
+    def __init__(self, texts: Iterable[Sequence[int]] = ()):
         self.sizes: list[int] = []
         self.texts_with: dict[tuple[int, int], list[int]] = {}
+        for text in texts:
+            self._add(set(pairwise(text)))
 
     def adds(self, ids: Sequence[int]) -> bool:
         """Take a text in unless it is too short or nearly repeats an earlier one; return whether it was taken."""
@@ -190,10 +196,13 @@ class NearDuplicates:
         alike = any(n >= ALIKE * (len(pairs) + self.sizes[index] - n) for index, n in common.items())
         if len(ids) < SHORTEST or alike:
             return False
+        self._add(pairs)
+        return True
+
+    def _add(self, pairs: set[tuple[int, int]]) -> None:
         for pair in pairs:
             self.texts_with.setdefault(pair, []).append(len(self.sizes))
         self.sizes.append(len(pairs))
-        return True
 
 
 def finished_rows(file: Path) -> list[dict]:
