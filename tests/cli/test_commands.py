@@ -112,7 +112,7 @@ def test_eval_reports_every_budget_and_its_exactness(places, tmp_path):
     record = tmp_path / "record.json"
     words = ("--tree-budget", 4, "--tree-budget", "auto", "--max-new-tokens", 8, "--limit", 1, "--json", record)
     shown = run(places, "eval", places["--prompts"], *words).stdout
-    assert "tree B4" in shown and "tree Bauto" in shown and "n/a" in shown
+    assert "tree B4" in shown and "tree Bauto" in shown and "n/a" in shown and "not timed" in shown
     (result,) = json.loads(record.read_text())["results"]
     assert [arm["name"] for arm in result["arms"]] == ["plain", "tree B4", "tree Bauto"]
     assert all(arm["identical"] and arm["speedup"] is None for arm in result["arms"])

@@ -50,7 +50,7 @@ def conditions(result: dict[str, Any]) -> str:
             " ".join(sampling) if settings.get("do_sample") else "greedy",
             f"batch {settings.get('batch_size', 1)}",
             f"{where['device']}, {where['threads']} threads, {where['dtype']}",
-            f"medians of {settings['repeats']} interleaved repeats",
+            f"medians of {settings['repeats']} interleaved repeats" if settings["repeats"] else "not timed",
         ]
     )
 
