@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import parse
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPTNeoXConfig, WatermarkingConfig
 
 from hf_treeflash.compat import CACHE
@@ -224,6 +226,8 @@ def draw(seed: int) -> Situation:
     if turns == 2:
         settings |= {"return_dict_in_generate": True}
         settings.pop("num_return_sequences", None)
+        if parse(transformers.__version__) < parse("5.24"):  # which read the whole text onto the given cache again
+            settings.pop("prefill_chunk_size", None)
     knobs: dict[str, Any] = {"tree_budget": draws.choice([2, 5, 9, 16, 24, 70, "auto"])}
     if draws.random() < 0.3:
         window = {"draft_window": draws.choice([None, 3, 12]), "draft_temperature": draws.choice([0.5, 1.0, 2.0])}
