@@ -225,7 +225,7 @@ def measure(target, backbone, heads: dict[str, nn.Module], prompts, args) -> dic
             best = max(TEMPERATURES, key=lambda t: ratio(own[t]))
             rival = max((known[f"swiglu B{budget} T{t}"] for t in TEMPERATURES), key=ratio)
             row[f"B{budget}"] = {f"tau at draft temperature {t}": round(ratio(own[t]), 3) for t in TEMPERATURES}
-            row[f"B{budget}"]["percent above swiglu, each at its best"] = against(own[best], rival)
+            row[f"B{budget}"]["percent above swiglu, 95 % interval"] = against(own[best], rival)
         table[name] = row
     return table
 

@@ -82,7 +82,7 @@ def test_training_and_generation_draft_the_same(target, options, monkeypatch):
     """Every round of a real `generate` call, against one training pass over the text it wrote."""
     drafter = make_drafter(trained=True, **options)
     knobs = drafter.generation_config
-    knobs.tree_budget, knobs.num_candidates, knobs.branching = 6, 64, 64
+    knobs.tree_budget, knobs.num_candidates, knobs.branching, knobs.draft_temperature = 6, 64, 64, 1.0
     rounds = []
 
     def record(*args, **kwargs):
