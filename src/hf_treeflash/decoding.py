@@ -97,6 +97,7 @@ class TreeDecoding:
         self.noise = None
         if self.temperature > 0:
             self.noise = Noise(batch, 2 * self.tokens_ahead, input_ids.device, self.sequences.may_overrun)
+            self.generator.draft_head.expect(logits_processor, self.temperature)
         walks = self.processor, self.sequences, self.recorder, streamer, self.noise, input_ids.device
         given = getattr(model_kwargs[CACHE], "_is_user_defined", False)
         self.outlives = generation_config.return_dict_in_generate or given  # the call, does its cache

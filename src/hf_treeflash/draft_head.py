@@ -6,11 +6,13 @@ rank the nodes of the tree, and every emitted token is still the target's own ch
 
 import copy
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import TopKLogitsWarper
 from transformers.utils import logging
 
 from .draft_vocabulary import kept_rows, kept_tokens, shows_rows
@@ -18,6 +20,9 @@ from .float8 import float8_copy
 from .knobs import DraftingKnobs
 
 logger = logging.get_logger(__name__)
+
+# Nats by which a draft doubts a token outside of its own top-k: measured, see docs/sampling.md.
+DOUBT = 1.5
 
 
 class OutputScale(NamedTuple):
@@ -54,6 +59,11 @@ class OutputScale(NamedTuple):
 class DraftHead:
     """Calls the target's output layer where it lives, in its dtype.
 
+    Attributes:
+        likely (`tuple[int, float]`, *optional*):
+            How many tokens of a row the call keeps (top-k), and by how much the others' logits are lowered: they may still
+            be among those that the target keeps.
+
     Args:
         lm_head (`nn.Module`):
             The target's output layer, or the drafter's own.
@@ -73,6 +83,7 @@ class DraftHead:
         d2t: torch.Tensor | None = None,
     ):
         self.device, self.columns = home_of(lm_head), None
+        self.likely: tuple[int, float] | None = None
         if d2t is not None and (found := shows_rows(lm_head)) is None:
             lm_head = kept_rows(lm_head, d2t)
         elif d2t is not None:
@@ -95,7 +106,23 @@ class DraftHead:
         Returns:
             `torch.Tensor` of shape `(..., tokens)`.
         """
-        return self.scale(self._products(hidden_states.to(self.device, self.dtype)))
+        logits = self.scale(self._products(hidden_states.to(self.device, self.dtype)))
+        return logits if self.likely is None else lowered(logits, *self.likely)
+
+    def expect(self, warpers: Iterable[Any], temperature: float) -> None:
+        """Rank lower, while tokens are drawn by top-k, what top-k would cut from the draft's own distribution.
+
+        On a device nothing is lowered: the kernel that ranks a draft does not know of it.
+
+        Args:
+            warpers (`Iterable[LogitsProcessor]`):
+                Of the call.
+            temperature (`float`):
+                Of the call.
+        """
+        kept = [warper.top_k for warper in warpers if isinstance(warper, TopKLogitsWarper)]
+        if kept and self.device.type == "cpu":
+            self.likely = min(kept), DOUBT * temperature
 
     def _products(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.float8 is None:
@@ -103,6 +130,23 @@ class DraftHead:
             return logits if self.columns is None else logits.index_select(-1, self.columns)
         logits, bias = self.float8.product(hidden_states), self.lm_head.bias
         return logits if bias is None else logits + bias.to(logits.dtype)
+
+
+def lowered(logits: torch.Tensor, keep: int, amount: float) -> torch.Tensor:
+    """Lower all logits of a row but the largest.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., tokens)`):
+            Of a draft.
+        keep (`int`):
+            How many stay as they are.
+        amount (`float`):
+            What is taken from the others.
+    """
+    if keep >= logits.shape[-1]:
+        return logits
+    least = logits.topk(keep, dim=-1).values[..., -1:]
+    return torch.where(logits < least, logits - amount, logits)
 
 
 def check_head(lm_head: Any, knobs: DraftingKnobs) -> None:

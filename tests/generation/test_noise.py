@@ -8,6 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from hf_treeflash import decoding
+from hf_treeflash.draft_head import DraftHead
 from hf_treeflash.lookup import trusts_given
 from hf_treeflash.noise import Noise
 from tests.helpers.batches import padded
@@ -219,3 +220,29 @@ def test_noise_makes_drafts_longer(target, monkeypatch, head):
             output = target.generate(prompt(seed=seed), **settings)
             passes[known] += len(output.acceptance_lengths[0])
     assert passes[True] < passes[False]
+
+
+@pytest.mark.parametrize("top_k", [3, None])
+def test_what_top_k_would_cut_of_a_draft_ranks_lower(monkeypatch, top_k):
+    """By a few nats at the call's temperature; with all tokens kept, and in greedy calls, nothing is lowered."""
+    seen, call = set(), DraftHead.__call__
+
+    def watched(self, states):
+        seen.add(self.likely)
+        logits = call(self, states)
+        if self.likely is not None:
+            own = self.scale(self._products(states))
+            lower = own < own.topk(3, dim=-1).values[..., -1:]
+            torch.testing.assert_close(own - logits, 1.5 * 0.8 * lower.float(), atol=1e-5, rtol=0)
+        return logits
+
+    monkeypatch.setattr(DraftHead, "__call__", watched)
+    target, drafter = tiny_target(), tiny_drafter()
+    settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.8, "top_k": top_k or 0, "eos_token_id": None}
+    texts = []
+    for assistant in (None, drafter):
+        torch.manual_seed(5)
+        texts.append(target.generate(prompt(), assistant_model=assistant, **settings))
+    assert torch.equal(*texts) and seen == {(3, 1.5 * 0.8) if top_k else None}
+    target.generate(prompt(), assistant_model=drafter, max_new_tokens=4, do_sample=False)
+    assert None in seen
