@@ -50,6 +50,15 @@ def test_grid_and_files(places, tmp_path):
     assert {path.name for path in files["plots"].iterdir()} == {"budgets.png", "acceptance.png", "stages.png"}
 
 
+def test_knobs_reach_every_tree(places, tmp_path):
+    knobs = {"branching": 3, "draft_temperature": 0.5, "draft_window": 4}
+    words = [word for name, value in knobs.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert bench(places, "--limit", 1, *words, "--json", tmp_path / "out.json").exit_code == 0
+    *_, marginal, tree = json.loads((tmp_path / "out.json").read_text())["results"][0]["arms"]
+    for arm in (marginal, tree):
+        assert {name: arm["knobs"][name] for name in knobs} == knobs
+
+
 def test_arms_by_the_beginning_of_their_names(places):
     result = bench(places, "--arms", "our chain", "--arms", "TreeFlash", "--limit", 1)
     assert result.exit_code == 0 and "our chain" in result.output and "marginal" not in result.output

@@ -52,6 +52,9 @@ def bench(
             help="Previous tokens per slot; may be repeated.", min=1, max=1024, rich_help_panel=options.DRAFTING
         ),
     ] = None,
+    branching: options.Branching = None,
+    draft_temperature: options.DraftTemperature = None,
+    draft_window: options.DraftWindow = None,
     compiled: Annotated[
         bool, typer.Option(help="Also plain decoding compiled, and trees over static caches.", rich_help_panel=ARMS)
     ] = False,
@@ -96,7 +99,8 @@ def bench(
         writing_to(csv, "--csv") as write_csv,
         folder_for_writing(plots, "--plots") as folder,
     ):
-        pair = load(target, drafter, device, dtype)
+        knobs = {"branching": branching, "draft_temperature": draft_temperature, "draft_window": draft_window}
+        pair = load(target, drafter, device, dtype, **knobs)
         report = Report(write_json, write_markdown, write_csv, folder)
         ways = chosen(pair[2], budgets, num_candidates, compiled, arms)
         settings: dict[str, Any] = {
