@@ -61,8 +61,8 @@ class DraftHead:
 
     Attributes:
         likely (`tuple[int, float]`, *optional*):
-            How many tokens of a row the call keeps (top-k), and by how much the others' logits are lowered: they may still
-            be among those that the target keeps.
+            How many tokens of a row the call keeps (top-k), and by how much the others' logits are lowered: the target
+            may still keep some of them.
 
     Args:
         lm_head (`nn.Module`):
