@@ -26,7 +26,7 @@ def targets():
 @pytest.mark.parametrize("candidates", [1, 4, 16])
 def test_greedy_equals_plain_generate(targets, family, head, budget, candidates):
     target = targets[family]
-    drafter = with_knobs(tiny_drafter(head), tree_budget=budget, num_candidates=candidates)
+    drafter = with_knobs(tiny_drafter(head), tree_budget=budget, num_candidates=candidates, draft_temperature=1.0)
     for seed in (0, 1):
         ids = prompt(5 + 4 * seed, seed=seed)
         settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}

@@ -25,7 +25,7 @@ from tests.helpers.tiny import VOCAB, keeping, prompt, tiny_drafter, tiny_target
 MODEL = ["config.json", "generation_config.json", "model.safetensors"]
 PACKAGE = Path(hf_treeflash.__file__).parent
 # What the package's root holds beside its front door and its command line.
-MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "cli.py"}
+MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
 
 WITHOUT_PACKAGE = """
 import json, sys
