@@ -24,9 +24,13 @@ def test_it_runs(tmp_path):
     from jupyter_client.manager import AsyncKernelManager
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # threads of several processes on few cores wait for each other
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     manager = AsyncKernelManager()  # this very Python, whatever kernels are installed
-    manager._kernel_spec = KernelSpec(argv=command, display_name="here", language="python", env=dict(os.environ))
+    manager._kernel_spec = KernelSpec(argv=command, display_name="here", language="python", env=environment)
     client = nbclient.NotebookClient(
         notebook, km=manager, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
     )
