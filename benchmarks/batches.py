@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from hf_treeflash.bench.calls import left_padded
 from hf_treeflash.bench.compare import environment
 from hf_treeflash.bench.pairs import encode_prompt, load_pair, with_knobs
 
@@ -28,15 +29,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures there")
     return parser.parse_args(argv)
-
-
-def left_padded(prompts: list[torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Stack prompts of shape `(1, length)` into one batch with its attention mask."""
-    longest = max(prompt.shape[1] for prompt in prompts)
-    pad = torch.nn.functional.pad
-    ids = torch.cat([pad(prompt, (longest - prompt.shape[1], 0), value=pad_token_id) for prompt in prompts])
-    masks = [pad(torch.ones_like(prompt), (longest - prompt.shape[1], 0)) for prompt in prompts]
-    return {"input_ids": ids, "attention_mask": torch.cat(masks)}
 
 
 def measure(target, drafters: dict, batch: dict[str, torch.Tensor], max_new_tokens: int, repeats: int) -> list[dict]:

@@ -37,7 +37,8 @@ def test_every_way_to_decode_gives_plain_decodings_text(pair):
     assert is_exact(result) and all(arm["identical"] and not arm["differences"] for arm in result["arms"])
     assert told == [(done, 60) for done in range(1, 61)]  # ten arms, three prompts, once for the texts and once timed
     assert {arm["method"] for arm in result["arms"][4:]} == {"marginal tree", "TreeFlash tree M2"}
-    assert remarks(result) == [] or "No tree reaches" in remarks(result)[0]
+    best = max(arm["tau"] for arm in result["arms"] if arm["knobs"])
+    assert bool(remarks(result)) == (best < 1.2)
 
 
 def test_plain_decoding_comes_compiled(pair):

@@ -140,6 +140,7 @@ def test_card_takes_every_number_from_the_evaluation(tmp_path, evaluation):
 def test_plot_needs_matplotlib_and_the_rest_does_not(tmp_path, evaluation, monkeypatch):
     arguments = {"target_id": "acme/target", "evaluation": evaluation}
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "hf_treeflash.bench.plots", raising=False)
     assert "acceptance.png" not in export_drafter(tiny_drafter(), tmp_path / "bare", **arguments)
     assert "acceptance.png" not in (tmp_path / "bare" / "README.md").read_text()
     monkeypatch.undo()

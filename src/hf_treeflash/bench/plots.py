@@ -76,8 +76,9 @@ def plot_acceptance(results: list[dict[str, Any]], path: Path) -> None:
     for axes, result in zip(panels, results, strict=True):
         for arm in _best_of_each(result["arms"]):
             rates = [1.0, *arm["acceptance_rates"]]
-            label = _plain_text(f"{arm['name']} ({arm['passes']:,} passes)")
-            axes.plot(range(len(rates)), rates, marker="o", markersize=3, color=_colour(arm["method"]), label=label)
+            passes = f" ({arm['passes']:,} passes)" if "passes" in arm else ""
+            label = _plain_text(f"{arm['name']}{passes}")
+            axes.plot(range(len(rates)), rates, marker="o", markersize=3, color=_colour(_method(arm)), label=label)
         axes.set_title(_short(result), fontsize=9)
         axes.set(xlabel="depth", ylim=(0, 1))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -92,10 +93,14 @@ def _best_of_each(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the fastest arm of each method that drafts, or the one of longest paths if none is timed."""
     best: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        before = best.get(arm["method"])
+        before = best.get(_method(arm))
         if arm["acceptance_rates"] and (before is None or _worth(arm) > _worth(before)):
-            best[arm["method"]] = arm
+            best[_method(arm)] = arm
     return list(best.values())
+
+
+def _method(arm: dict[str, Any]) -> str:
+    return arm.get("method", arm["name"])  # evaluations of earlier versions name the arm alone
 
 
 def _worth(arm: dict[str, Any]) -> float:
@@ -143,12 +148,14 @@ def _short(result: dict[str, Any]) -> str:
 
 def _machine(result: dict[str, Any]) -> str:
     where = result["environment"]
-    return _plain_text(f"{where['device']}, {where['threads']} threads, {where['dtype']}")
+    threads = f"{where['threads']} threads" if "threads" in where else None
+    return _plain_text(", ".join(str(part) for part in (where.get("device"), threads, where.get("dtype")) if part))
 
 
 def _plain_text(text: str) -> str:
     """Keep a text from being read as a formula, or as several lines."""
-    return " ".join(text.split()).replace("$", r"\$")
+    printable = "".join(sign if sign.isprintable() else " " for sign in text)
+    return " ".join(printable.split()).replace("$", r"\$")
 
 
 def _colour(method: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .pair import check_length, load
+from .pair import encoded, load
 from .terminal import note, output
 from .writing import LEGEND, Writer, reached
 
@@ -71,11 +71,7 @@ def generate(
         draft_temperature=draft_temperature,
         draft_window=draft_window,
     )
-    from ..bench.pairs import encode_messages
-
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    ids = encode_messages(tokenizer, [*messages, {"role": "user", "content": text}], thinking)
-    check_length(model, ids.shape[1], max_new_tokens)
+    ids = encoded(model, tokenizer, text, system, thinking, max_new_tokens)
     call = {"seed": seed, "max_new_tokens": max_new_tokens, **settings}
     if stop:
         call["tokenizer"] = tokenizer

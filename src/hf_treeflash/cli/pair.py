@@ -64,3 +64,13 @@ def check_length(target: Any, tokens: int, new_tokens: int) -> None:
             f"The prompt of {tokens} tokens and {new_tokens} new ones are more than the {longest} that the target "
             "knows positions for: shorten it, or lower --max-new-tokens."
         )
+
+
+def encoded(target: Any, tokenizer: Any, text: str, system: str | None, thinking: bool, new_tokens: int) -> Any:
+    """Return the ids of a user's text, `(1, length)`, which must leave room for the new tokens."""
+    from ..bench.pairs import encode_messages
+
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    ids = encode_messages(tokenizer, [*messages, {"role": "user", "content": text}], thinking)
+    check_length(target, ids.shape[1], new_tokens)
+    return ids

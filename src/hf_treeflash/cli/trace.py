@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from . import options
+from .files import folder_for_writing
 from .generate import prompt_text
-from .pair import check_length, load
+from .pair import encoded, load
 from .terminal import note
 
 
@@ -41,21 +42,13 @@ def trace(
     settings = options.sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     settings |= options.given(prompt_lookup_num_tokens=lookup)
     text = prompt_text(prompt)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise typer.BadParameter(f"{folder} cannot be made: {reason}.", param_hint="--output") from error
     knobs = {"num_candidates": num_candidates, "branching": branching, "draft_temperature": draft_temperature}
-    model, tokenizer, draft_model = load(target, drafter, device, dtype, tree_budget=tree_budget, **knobs)
-    from ..bench.pairs import encode_messages
-
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    ids = encode_messages(tokenizer, [*messages, {"role": "user", "content": text}], thinking)
-    check_length(model, ids.shape[1], max_new_tokens)
-    call = {"max_new_tokens": max_new_tokens, **settings}
-    for file in record(model, tokenizer, draft_model, ids, call, seed, folder, picture):
-        typer.echo(file)
+    with folder_for_writing(folder, "--output"):
+        model, tokenizer, draft_model = load(target, drafter, device, dtype, tree_budget=tree_budget, **knobs)
+        ids = encoded(model, tokenizer, text, system, thinking, max_new_tokens)
+        call = {"max_new_tokens": max_new_tokens, **settings}
+        for file in record(model, tokenizer, draft_model, ids, call, seed, folder, picture):
+            typer.echo(file)
 
 
 def record(

@@ -127,28 +127,11 @@ def render_speculators_card(config, *, name: str, target_id: str) -> str:
 
 
 def plot_acceptance(results: list[dict[str, Any]], path: Path) -> str | None:
-    """Draw the per-depth acceptance of each arm that drafts; needs matplotlib (extra `plot`)."""
+    """Draw the per-depth acceptance of each method that drafts; needs matplotlib (extra `plot`)."""
     try:
-        from matplotlib.figure import Figure
+        from ..bench.plots import plot_acceptance as draw
     except ImportError:
         logger.warning("The card has no acceptance plot: install matplotlib (`pip install 'hf-treeflash[plot]'`).")
         return None
-    figure = Figure(figsize=(5.2 * len(results), 3.6), layout="constrained")
-    plots = figure.subplots(1, len(results), squeeze=False, sharex=True, sharey=True)[0]
-
-    def label(text: str) -> str:
-        return one_line(text).replace("$", r"\$")  # which would begin a formula
-
-    for axes, result in zip(plots, results, strict=True):
-        for arm in result["arms"]:
-            rates = arm["acceptance_rates"]
-            if rates:
-                axes.plot(range(1, len(rates) + 1), rates, marker="o", markersize=3, label=label(arm["name"]))
-        title = label(f"{result['task']}, {describe_sampling(result['settings'])}")
-        axes.set(title=title, xlabel="depth", ylim=(0, 1))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    plots[0].set_ylabel("share of target passes that accept it")
-    figure.savefig(path, dpi=130)
+    draw(results, path)
     return path.name

@@ -16,7 +16,7 @@ CREDENTIALS = re.compile(
     rb"|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|glpat-[\w-]{20,}|pypi-[\w-]{40,}|npm_[A-Za-z0-9]{36}"
     rb"|xox[abeoprs]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
-HOMES = re.compile(rb"(?:/home/|/Users/|/root/|\\Users\\)[\w.-]{2,}")
+HOMES = re.compile(rb"(?:/(?:home|Users|root)/|\\Users\\)[\w.-]{2,}")
 # In text alone, where chance forms none: a word for a secret with a value that has letters and digits, and a URL
 # with a password.
 NAMED_SECRET = re.compile(
