@@ -20,7 +20,7 @@ from .models import smollm2
 from .pairs import encode_prompt, load_pair
 from .tables import table_rows
 
-# A small trained target and drafter, and prompts held out of their training.
+# A small trained target and drafter, and two prompts held out of their training, whose texts repeat themselves least.
 EMBEDDED = Path(__file__).parents[1] / "tiny"
 # A drafter for a chat model, and prompts; in the repository, not in the package.
 CHAT = Path(__file__).parents[3] / "drafters"
@@ -62,7 +62,7 @@ def run(
     own = None if tiny or target_name or drafter_name else chat_pair(console)
     pair = own or (target_name or str(EMBEDDED / "target"), drafter_name or str(EMBEDDED / "drafter"))
     target, tokenizer, drafter = load_pair(*pair)
-    prompts = read_prompts(prompts_file or (CHAT / CHAT_PROMPTS if own else EMBEDDED / "prompts.json"))
+    prompts = read_prompts(prompts_file or (CHAT / CHAT_PROMPTS if own else EMBEDDED / "demo.json"))
     encoded = [encode_prompt(tokenizer, prompt["prompt"]).to(target.device) for prompt in prompts]
 
     legend = Text.assemble("the prompt, ", ("accepted draft tokens", ACCEPTED), ", ", ("the target's own", CHOSEN))
