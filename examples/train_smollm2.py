@@ -7,9 +7,11 @@ falls with the clock, so that any machine ends with a finished drafter:
     python examples/train_smollm2.py --data_minutes 3 --train_minutes 4 --bf16 --generate_batch_size 512 \\
         --per_device_train_batch_size 32 --num_anchors 64 --output_dir build/smollm2       # on a large GPU
 
-Samples made before go in by `--samples FILE ...`. Interrupted, data and states stay; the drafter starts anew.
+Samples made before go in by `--samples FILE ...`. Interrupted, data and states stay; the drafter starts anew. On a GPU
+several processes with `--train_minutes 0` and another `--seed` each make data faster than one.
 """
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -36,8 +38,9 @@ class TimedDataArguments(DataArguments):
 
     target: str | None = field(default=None, metadata={"help": "folder of the target; made at first use"})
     data_minutes: float = field(default=80.0, metadata={"help": "for prompts and answers"})
-    train_minutes: float = field(default=90.0, metadata={"help": "for the drafter"})
+    train_minutes: float = field(default=90.0, metadata={"help": "for the drafter; 0 for data alone"})
     generate_batch_size: int = field(default=48, metadata={"help": "texts the target writes at a time"})
+    max_prompt_tokens: int = field(default=112, metadata={"help": "tokens per prompt"})
     max_new_tokens: int = field(default=240, metadata={"help": "tokens per answer"})
     eval_prompts: int = field(default=12, metadata={"help": "held-out prompts"})
     layers: int = field(default=3, metadata={"help": "layers of the drafter"})
@@ -103,25 +106,22 @@ class StopAtTheEnd(TrainerCallback):
         control.should_training_stop = self.trainer.spent == 1.0
 
 
-def made_samples(target, tokenizer, data: TimedDataArguments, folder: Path) -> list[dict]:
-    """Have the target write prompts and answers, half of them greedily, batch by batch until the time is over."""
-    end, samples, size = time.monotonic() + 60 * data.data_minutes, [], 2 * data.generate_batch_size
-    options = {"batch_size": data.generate_batch_size, "max_new_tokens": data.max_new_tokens}
-    number = 0
-    while time.monotonic() < end or (folder / f"sampled_{number}.jsonl").exists():
+def made_samples(target, tokenizer, data: TimedDataArguments, folder: Path, seed: int) -> list[dict]:
+    """Have the target write prompts, and answer each greedily and drawn, batch by batch until the time is over."""
+    end, samples, size = time.monotonic() + 60 * data.data_minutes, [], data.generate_batch_size
+    asking = {"enable_thinking": False, "max_new_tokens": data.max_prompt_tokens, "seed": 1_000_000 * seed}
+    answering = {"batch_size": size, "max_new_tokens": data.max_new_tokens}
+    kinds = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 0}}
+    for number in itertools.count():
+        files = {kind: folder / f"{kind}_{number}.jsonl" for kind in kinds}
+        if time.monotonic() >= end and not files["greedy"].exists():
+            return samples
         prompts = self_prompts(
-            target, tokenizer, size * (number + 1), folder / "prompts.jsonl", enable_thinking=False,
-            batch_size=data.generate_batch_size,
-        )[size * number :]  # fmt: skip
-        for name, part, sampling in (
-            ("greedy", prompts[::2], {"do_sample": False}),
-            ("sampled", prompts[1::2], {"do_sample": True, "temperature": 0.8, "top_k": 0}),
-        ):
-            samples += regenerate(
-                target, tokenizer, part, folder / f"{name}_{number}.jsonl", seed=number, **options, **sampling
-            )
-        number += 1
-    return samples
+            target, tokenizer, size * (number + 1), folder / "prompts.jsonl", batch_size=size, **asking
+        )[size * number :]
+        for kind, sampling in kinds.items():
+            answering["seed"] = 1_000_000 * seed + number
+            samples += regenerate(target, tokenizer, prompts, files[kind], **answering, **sampling)
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -132,11 +132,13 @@ def main(argv: list[str] | None = None) -> float:
     target = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if args.bf16 else torch.float32)
     target.to(args.device).eval()
     samples = [sample for file in data.samples or () for sample in load_samples(file)]
-    samples += made_samples(target, tokenizer, data, Path(args.output_dir, "data"))
+    samples += made_samples(target, tokenizer, data, Path(args.output_dir, "data"), args.seed)
     training, evaluation, held_out = split(samples, data.eval_prompts)
     print(
         f"{len(training)} samples, {sum(len(s['input_ids']) - s['prompt_length'] for s in training)} response tokens"
     )
+    if not data.train_minutes:
+        return 0.0
     torch.manual_seed(args.seed)
     drafter = load_drafter(target, data, args.stage).float().to(args.device)
     trainer = TimedTrainer(
