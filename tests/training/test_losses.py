@@ -68,6 +68,12 @@ def test_slots_weigh_less_the_later_they_are():
     torch.testing.assert_close(weights, torch.tensor([1.0, math.exp(-1 / 7), math.exp(-1)]))
 
 
+def test_a_count_follows_its_sum_to_the_device():
+    sums = MetricSums()
+    sums.add("candidate_recall", torch.ones((), device="meta"), torch.tensor(3))
+    assert sums._pairs["candidate_recall"].device.type == "meta"
+
+
 def test_metrics_are_ratios_of_sums():
     sums = MetricSums()
     supervised = torch.tensor([[[True, True, True], [True, True, False]]])

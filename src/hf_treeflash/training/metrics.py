@@ -15,7 +15,8 @@ class MetricSums:
 
     def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float) -> None:
         """Add to a metric's sum and count."""
-        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach() for x in (total, count)])
+        device = torch.as_tensor(total).device
+        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).detach() for x in (total, count)])
         self._pairs[name] = self._pairs[name] + pair if name in self._pairs else pair
 
     def pop(self, accelerator) -> dict[str, float]:
