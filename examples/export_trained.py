@@ -21,7 +21,7 @@ RECORD = "training_record.json"
 CURVE = 100  # points of the curves in the record, at most
 
 
-def training_record(checkpoint: Path) -> dict:
+def training_record(checkpoint: Path, command: Path) -> dict:
     """Return what a checkpoint's trainer state says of its training: how long, and how the metrics went."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     logs = [entry for entry in state["log_history"] if "loss" in entry]
@@ -29,7 +29,7 @@ def training_record(checkpoint: Path) -> dict:
     return {
         "steps": state["global_step"],
         "batch_size": state["train_batch_size"],
-        "command": (checkpoint / "command.txt").read_text().splitlines(),
+        "command": command.read_text().splitlines(),
         "log": logs[::-1][::every][::-1],  # the last one always
     }
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         evaluation=args.evaluation,
         command=args.checkpoint / "command.txt",
     )
-    record.write_text(json.dumps(training_record(args.checkpoint), indent=1) + "\n")
+    record.write_text(json.dumps(training_record(args.checkpoint, args.folder / "command.txt"), indent=1) + "\n")
     print("\n".join([*files, RECORD]))
     return [*files, RECORD]
 
