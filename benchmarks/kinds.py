@@ -2,7 +2,8 @@
 
     python benchmarks/kinds.py --drafter drafters/smollm2-135m-instruct-treeflash --json kinds.json --plot kinds.png
 
-The target is SmolLM2-135M-Instruct unless another is named. A run that was stopped goes on where it was.
+The target is SmolLM2-135M-Instruct unless another is named. A run that was stopped goes on where it was; another batch
+size, written to the same file, joins the tables. A card takes the file, too.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 from hf_treeflash.bench.arms import all_arms
 from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.models import smollm2
-from hf_treeflash.bench.pairs import encode_prompt, load_pair
+from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLINGS: dict[str, dict[str, Any]] = {
@@ -33,6 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-kind", type=int, help="prompts of each kind; all by default")
     parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
     parser.add_argument("--tree-budgets", nargs="+", default=["8", "16", "auto"], help="numbers, or auto")
+    parser.add_argument("--arms", nargs="+", help="beginnings of the names of those to keep, such as TreeFlash")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1, help="0 for tokens per pass alone")
@@ -129,8 +131,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
     target, tokenizer, drafter = load_pair(args.target or str(smollm2()), args.drafter)
     budgets = [budget if budget == "auto" else int(budget) for budget in args.tree_budgets]
-    arms = all_arms(drafter, budgets, [drafter.generation_config.num_candidates])
-    results = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
+    kept = ("plain", *(args.arms or [""]))
+    listed = all_arms(drafter, budgets, [drafter.generation_config.num_candidates])
+    arms = [arm for arm in listed if arm.name.startswith(kept)]
+    record: dict[str, Any] = {**describe_pair(target, tokenizer, drafter, thinking=False), "results": []}
+    if args.json.exists():
+        record = json.loads(args.json.read_text(encoding="utf-8"))
+    results = record["results"]
     for sampling in args.samplings:
         for kind, prompts in by_kind(args.prompts, args.per_kind).items():
             if [kind, sampling, args.batch_size] in map(key, results):
@@ -139,7 +146,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             options = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "batch_size": args.batch_size}
             result = compare(target, arms, encoded, task=kind, **options, **SAMPLINGS[sampling])
             results.append({"kind": kind, "sampling": sampling, **result})
-            args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             print(f"{sampling}, {kind}: done", flush=True)
     print(tables(results))
     if args.plot:

@@ -4,11 +4,15 @@ The target writes prompts and answers for so many minutes; then the drafter trai
 falls with the clock, so that any machine ends with a finished drafter:
 
     python examples/train_smollm2.py --data_minutes 80 --train_minutes 90 --use_cpu --output_dir build/smollm2
-    python examples/train_smollm2.py --data_minutes 3 --train_minutes 4 --bf16 --generate_batch_size 512 \\
-        --per_device_train_batch_size 32 --num_anchors 64 --output_dir build/smollm2       # on a large GPU
 
-Samples made before go in by `--samples FILE ...`. Interrupted, data and states stay; the drafter starts anew. On a GPU
-several processes with `--train_minutes 0` and another `--seed` each make data faster than one.
+Samples made before go in by `--samples FILE ...`. Interrupted, data and states stay; the drafter starts anew. On a large
+GPU several processes with `--train_minutes 0` make data faster than one, each with a `--seed` of its own:
+
+    python examples/train_smollm2.py --data_minutes 2 --train_minutes 0 --bf16 --generate_batch_size 1024 \\
+        --max_prompt_tokens 160 --max_new_tokens 320 --seed 1 --output_dir build/data1
+    python examples/train_smollm2.py --samples build/data*/data/greedy_*.jsonl build/data*/data/sampled_*.jsonl \\
+        --data_minutes 0 --train_minutes 5 --bf16 --per_device_train_batch_size 64 --num_anchors 48 \\
+        --learning_rate 2e-3 --loss_chunk_rows 8192 --dataloader_num_workers 4 --output_dir build/smollm2
 """
 
 import itertools
@@ -43,11 +47,11 @@ class TimedDataArguments(DataArguments):
     max_prompt_tokens: int = field(default=112, metadata={"help": "tokens per prompt"})
     max_new_tokens: int = field(default=240, metadata={"help": "tokens per answer"})
     eval_prompts: int = field(default=12, metadata={"help": "held-out prompts"})
-    layers: int = field(default=3, metadata={"help": "layers of the drafter"})
+    layers: int = field(default=4, metadata={"help": "layers of the drafter"})
     block_size: int = field(default=12, metadata={"help": "slots of the drafter"})
     mask_token_id: int = field(default=16, metadata={"help": "a token that chats never hold"})
     target_layer_ids: list[int] = field(
-        default_factory=lambda: [1, 8, 15, 22, 28], metadata={"help": "layers that the drafter reads"}
+        default_factory=lambda: [1, 10, 19, 28], metadata={"help": "layers that the drafter reads"}
     )
     tree_budget: int = field(default=16, metadata={"help": "nodes per verify pass in the figure at the end"})
 
@@ -58,12 +62,15 @@ class TimedTrainingArguments(TreeFlashTrainingArguments):
 
     stage: str = field(default="joint", metadata={"help": "backbone, head or joint"})
     backbone_learning_rate_scale: float = field(default=1.0, metadata={"help": "backbone's rate over the head's"})
-    slot_decay: float = field(default=6.0, metadata={"help": "decay of the slots' weights, in slots"})
-    loss_vocabulary: int | None = field(default=6144, metadata={"help": "frequent tokens that the loss is over"})
+    slot_decay: float = field(default=4.5, metadata={"help": "decay of the slots' weights, in slots"})
+    draft_vocabulary: int | None = field(default=8192, metadata={"help": "frequent tokens that are drafted"})
+    loss_vocabulary: int | None = field(default=8192, metadata={"help": "frequent tokens that the loss is over"})
     loss_chunk_rows: int = field(default=512, metadata={"help": "slots whose logits are held at once"})
     num_anchors: int = field(default=24, metadata={"help": "blocks per sequence and step"})
     learning_rate: float = field(default=1.2e-3, metadata={"help": "highest rate"})
     weight_decay: float = field(default=0.05, metadata={"help": "of AdamW"})
+    adam_beta2: float = field(default=0.98, metadata={"help": "of AdamW"})
+    max_length: int = field(default=640, metadata={"help": "longest sample, in tokens"})
     warmup_steps: float = field(default=100, metadata={"help": "steps in which the rate rises"})
     max_steps: int = field(default=1_000_000, metadata={"help": "more than the time allows"})
     train_sampling_strategy: str = field(default="group_by_length", metadata={"help": "batches of like lengths"})

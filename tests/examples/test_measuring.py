@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_treeflash.decoding import TreeDecoding
+from hf_treeflash.hub.evaluation import read_evaluation
 from tests.helpers.pair_on_disk import save_pair
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,24 @@ def test_constrained_json_is_plain_generates_json(capsys):
     assert "identical: yes" in output
     text = json.loads(output[output.index("{") :])
     assert list(text) == example.PERSON["required"]
+
+
+def test_kinds_of_prompts(places, tmp_path, capsys):
+    prompts, record = tmp_path / "prompts.json", tmp_path / "kinds.json"
+    prompts.write_text(json.dumps([{"kind": kind, "prompt": "fgh" + kind[0]} for kind in ("chat", "code", "code")]))
+    argv = [*options(places, "--target", "--drafter"), "--prompts", str(prompts), "--json", str(record)]
+    argv += ["--max-new-tokens", "6", "--tree-budgets", "4", "auto"]
+    main = script("benchmarks/kinds.py").main
+    main([*argv, "--samplings", "greedy"])
+    results = main([*argv, "--samplings", "greedy", "T = 1", "--plot", str(tmp_path / "kinds.png")])  # goes on
+    assert [(r["kind"], r["sampling"]) for r in results] == [
+        ("chat", "greedy"), ("code", "greedy"), ("chat", "T = 1"), ("code", "T = 1")
+    ]  # fmt: skip
+    table = capsys.readouterr().out
+    assert "greedy, batch 1, 3 prompts, 6 tokens each" in table and "| TreeFlash tree Bauto" in table
+    assert all(arm["identical"] for r in results for arm in r["arms"] if arm["promises_text"])
+    assert (tmp_path / "kinds.png").stat().st_size > 1000
+    assert read_evaluation(record)["results"][0]["task"] == "chat"
 
 
 def test_generate_wants_a_prompt(places, capsys):

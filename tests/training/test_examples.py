@@ -108,7 +108,7 @@ def test_train_smollm2_in_a_given_time(example, pair, tokenizer, tmp_path, capsy
     options = {"target": tmp_path / "target", "output_dir": tmp_path / "smollm2", "data_minutes": 0.01}
     options |= {"train_minutes": 0.03, "generate_batch_size": 4, "max_new_tokens": 12, "eval_max_new_tokens": 6}
     options |= {"eval_prompts": 2, "layers": 2, "block_size": 4, "target_layer_ids": 2, "mask_token_id": 1}
-    options |= {"loss_vocabulary": 20, "warmup_steps": 1, "logging_steps": 1, "num_anchors": 3}
+    options |= {"loss_vocabulary": 20, "draft_vocabulary": 24, "warmup_steps": 1, "logging_steps": 1, "num_anchors": 3}
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     assert example("train_smollm2").main([*arguments, "--use_cpu"]) >= 1.0
     made = sorted(path.name for path in (tmp_path / "smollm2" / "data").glob("*.jsonl"))
@@ -116,7 +116,14 @@ def test_train_smollm2_in_a_given_time(example, pair, tokenizer, tmp_path, capsy
     log = json.loads((tmp_path / "smollm2" / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in log if "loss" in entry]
     assert len(rates) > 1 and rates == sorted(rates, reverse=True) and rates[-1] < 0.7 * rates[0]
-    assert TreeFlashDraftModel.from_pretrained(tmp_path / "smollm2").config.target_layer_ids == [2]
+    config = TreeFlashDraftModel.from_pretrained(tmp_path / "smollm2").config
+    assert config.target_layer_ids == [2] and config.draft_vocab_size == 24
+    options = {**options, "train_minutes": 0, "output_dir": tmp_path / "data", "seed": 5}
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    assert example("train_smollm2").main([*arguments, "--use_cpu"]) == 0.0  # data alone
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"data"}
+    texts = [(tmp_path / name / "data" / "prompts.jsonl").read_text() for name in ("data", "smollm2")]
+    assert texts[0] != texts[1]
 
 
 def test_finetune_lora(example, pair, tmp_path):
