@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     kept = ("plain", *(args.arms or [""]))
     listed = all_arms(drafter, budgets, [drafter.generation_config.num_candidates])
     arms = [arm for arm in listed if arm.name.startswith(kept)]
-    record: dict[str, Any] = {**describe_pair(target, tokenizer, drafter, thinking=False), "results": []}
+    record: dict[str, Any] = {**describe_pair(target, tokenizer, drafter), "results": []}
     if args.json.exists():
         record = json.loads(args.json.read_text(encoding="utf-8"))
     results = record["results"]

@@ -5,8 +5,8 @@ falls with the clock, so that any machine ends with a finished drafter:
 
     python examples/train_smollm2.py --data_minutes 80 --train_minutes 90 --use_cpu --output_dir build/smollm2
 
-Samples made before go in by `--samples FILE ...`. Interrupted, data and states stay; the drafter starts anew. On a large
-GPU several processes with `--train_minutes 0` make data faster than one, each with a `--seed` of its own:
+Samples made before go in by `--samples FILE ...`. Interrupted, data and states stay; the drafter starts anew. On a
+large GPU several processes with `--train_minutes 0` make data faster than one, each with a `--seed` of its own:
 
     python examples/train_smollm2.py --data_minutes 2 --train_minutes 0 --bf16 --generate_batch_size 1024 \\
         --max_prompt_tokens 160 --max_new_tokens 320 --seed 1 --output_dir build/data1

@@ -222,6 +222,14 @@ class PrefixCache:
         self.filled = None if self.filled is None else [min(filled, columns) for filled in self.filled]
         self.length = columns
 
+    def crop(self, columns: int) -> bool:
+        """Keep only the first columns of a single text; return whether its layers can, and some are left."""
+        if columns < 1 or not all(type(layer) in (DynamicLayer, StoredLayer) for layer in self.cache.layers):
+            return False
+        self.length, self.valid = columns, None if self.valid is None else self.valid[:, :columns]
+        self.rollback()
+        return True
+
     def rollback(self) -> None:
         """Drop the tail of a pass that was not committed, whole or broken off."""
         for kept in self.kept:

@@ -131,14 +131,16 @@ def remember_context(cache: Cache, drafter, text: torch.Tensor, prefix: PrefixCa
         prefix ([`PrefixCache`]), pending ([`Context`]):
             The drafter's cache, and what it has not read of the text yet.
     """
-    if text.shape[1] >= cache.get_seq_length():  # else it began with embeddings, and nobody could tell it again
-        remember("context", (_mark(cache, drafter, text), prefix, pending), cache, drafter)
+    length = cache.get_seq_length()
+    if text.shape[1] >= length:  # else it began with embeddings, and nobody could tell it again
+        remember("context", (circumstances(drafter), text[0, :length].tolist(), prefix, pending), cache, drafter)
 
 
-def take_context(cache: Cache, drafter, text: torch.Tensor) -> tuple[PrefixCache, Context] | None:
+def take_context(cache: Cache, drafter, text: torch.Tensor) -> tuple[PrefixCache, Context | None] | None:
     """Take what an earlier turn left with this cache, for the call that goes on from it.
 
-    Nothing is left for another call: this one changes it, and keeps it again if it ends well.
+    Nothing is left for another call: this one changes it, and keeps it again if it ends well. A cache may have been
+    cut since, as chats do whose templates write the last answer in another way.
 
     Args:
         cache ([`Cache`]):
@@ -149,18 +151,30 @@ def take_context(cache: Cache, drafter, text: torch.Tensor) -> tuple[PrefixCache
             The prompt, with what the cache holds.
 
     Returns:
-        `tuple`: The drafter's cache and what it has not read yet; None if there is nothing, or the text or the
-        circumstances are others than those it was made in.
+        `tuple`: The drafter's cache and what it has not read yet, if anything; None if nothing was left, or the text
+        or the circumstances are others than those it was made in.
     """
-    mark, *state = recall("context", cache, drafter) or (None,)
+    left = recall("context", cache, drafter)
     forget(cache, "context")
-    return (state[0], state[1]) if mark is not None and mark == _mark(cache, drafter, text) else None
-
-
-def _mark(cache: Cache, drafter, text: torch.Tensor) -> tuple:
-    """Tell the text in a cache, and how a drafter reads it, from others."""
+    if left is None:
+        return None
+    made_in, read, prefix, pending = left
     length = cache.get_seq_length()
-    return circumstances(drafter), length, len(text), hash(tuple(text[0, :length].tolist()))
+    if made_in != circumstances(drafter) or text[:, :length].tolist() != [read[:length]]:
+        return None
+    return (prefix, pending) if length == len(read) else _cut(prefix, pending, length, len(read))
+
+
+def _cut(prefix: PrefixCache, pending: Context, length: int, read: int) -> tuple[PrefixCache, Context | None] | None:
+    """Go back to the first tokens of a text; None where that is not possible."""
+    positions = pending.position_ids
+    if pending.valid is not None or int(positions[0, -1]) != read - 1:  # padding or counts of the caller's own
+        return None
+    first = int(positions[0, 0])  # the prefix ends before it, wherever a window lets it begin
+    if length < first:
+        return (prefix, None) if prefix.crop(prefix.length - (first - length)) else None
+    kept = length - first
+    return prefix, Context(pending.hidden_states[:, :kept], positions[:, :kept], [kept]) if kept else None
 
 
 __all__ = ["Context", "count_positions", "remember_context", "take_context"]

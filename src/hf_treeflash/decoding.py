@@ -191,7 +191,8 @@ class TreeDecoding:
         self.vocab_size = outputs.logits.shape[-1]
         if earlier is not None:
             self.generator.prefix, pending = earlier
-            state.pending = [Context.joined([pending, *state.pending])]
+            if pending is not None:
+                state.pending = [Context.joined([pending, *state.pending])]
         self.exactness.start(state, self.input_ids, outputs.logits[:, -1])
         # The prompt's last token is the root of a tree without branches.
         self._end_round(state, self.walker(state.rows, [{} for _ in state.rows], outputs.logits[:, -1:]))

@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import QuantizedLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_treeflash import TreeFlashCandidateGenerator
 from hf_treeflash.attention import GROUPED, grouped_sdpa, masked_attention, replaced_attention
 from tests.families.checks import assert_same_cache, check_greedy, drafter_for
 from tests.helpers.batches import padded
@@ -61,6 +63,39 @@ def test_a_given_cache_turn_after_turn():
         assert torch.equal(plain.sequences, tree)
         assert_same_cache(ours, theirs, mask)
         ids = torch.cat([tree, prompt(3 + turn, seed=turn)], dim=1)
+
+
+@pytest.mark.parametrize("cut", [0, 2, 9, 20])
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_drafter_remembers_what_a_cut_cache_still_holds(cut, window):
+    """Templates may write the last answer in another way: the caches go back to where the texts part."""
+    target = tiny_target("qwen3")
+    drafter = drafter_for(target)
+    drafter.generation_config.draft_window = window
+    settings = {"assistant_model": drafter, "do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+    cache, ids = DynamicCache(config=target.config), prompt(24)
+    first = target.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+    if cut:
+        cache.crop(-cut)
+    ids = torch.cat([first[:, : cache.get_seq_length()], prompt(5, seed=3)], dim=1)
+    read = []
+    draft = TreeFlashCandidateGenerator.draft_tree
+
+    def reading(self, anchors, context, *args, **kwargs):
+        before = 0 if self.prefix is None else self.prefix.length
+        read.append((before, context.position_ids[0].tolist()))
+        return draft(self, anchors, context, *args, **kwargs)
+
+    with mock.patch.object(TreeFlashCandidateGenerator, "draft_tree", reading):
+        again = target.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+    plain = target.generate(ids, attention_mask=torch.ones_like(ids), **{**settings, "assistant_model": None})
+    assert torch.equal(again, plain)
+    columns, positions = read[0]
+    expected = list(range(ids.shape[1]))
+    if window is None:
+        assert [*range(columns), *positions] == expected
+    else:  # it has forgotten what came before its window
+        assert positions == expected[-len(positions) :] and columns + len(positions) <= len(expected)
 
 
 def test_a_cache_without_windows_under_a_sliding_target():

@@ -115,7 +115,7 @@ def test_models_are_freed_after_any_call(way, goes, breaks):
 def test_caches_are_freed_with_what_the_drafter_keeps_beside_them():
     target, drafter = tiny_target(), tiny_drafter()
     output = target.generate(prompt(), assistant_model=drafter, **GREEDY)
-    beside = recall("context", output.past_key_values, drafter)[1].cache
+    beside = recall("context", output.past_key_values, drafter)[2].cache
     gone = weakref.ref(beside), weakref.ref(output.past_key_values)
     del beside, output
     gc.collect()

@@ -16,7 +16,9 @@ def demo(
         Path | None,
         typer.Option(help='JSON list of {"source": ..., "prompt": ...}.', exists=True, dir_okay=False),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=8, max=4096)] = 96,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="New tokens per prompt; 64 of SmolLM2, else 96.", min=8, max=4096)
+    ] = None,
     repeats: options.Repeats = 5,
     tiny: Annotated[bool, typer.Option("--tiny", help="The embedded pair, though a chat model is at hand.")] = False,
 ) -> None:
