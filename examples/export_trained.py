@@ -34,6 +34,11 @@ def training_record(checkpoint: Path, command: Path) -> dict:
     }
 
 
+def budget(text: str) -> int | str:
+    """Read a tree budget."""
+    return text if text == "auto" else int(text)
+
+
 def main(argv: list[str] | None = None) -> list[str]:
     """Write the folder, and return its files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -43,7 +48,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--license", help="of the weights")
     parser.add_argument("--dataset", action="append", help="Hub id of training data; may be repeated")
     parser.add_argument("--evaluation", type=Path, help="what `hf-treeflash bench --json` wrote")
-    parser.add_argument("--tree_budget", type=int, help="the knob to ship")
+    parser.add_argument("--tree_budget", type=budget, help="the knob to ship: nodes, or auto")
     parser.add_argument("--num_candidates", type=int, help="the knob to ship")
     args = parser.parse_args(argv)
     drafter = TreeFlashDraftModel.from_pretrained(args.checkpoint, dtype=torch.bfloat16)

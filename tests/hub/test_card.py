@@ -54,6 +54,15 @@ def check_only_text(plain: str, evil: str) -> None:
     assert all(sign.isprintable() or sign == "\n" for sign in evil)
 
 
+def test_an_automatic_budget_is_called_so(tmp_path):
+    drafter = tiny_drafter()
+    drafter.generation_config.tree_budget = "auto"
+    export_drafter(drafter, tmp_path, target_id="acme/target")
+    card = (tmp_path / "README.md").read_text()
+    assert "| `tree_budget` | auto | nodes checked per target pass, root included; as many as pay" in card
+    assert "| `tree_budget` | auto" not in export(tmp_path / "fixed")
+
+
 def test_a_command_stays_in_its_fence(tmp_path):
     command = tmp_path / "command.txt"
     command.write_text("python train.py\n```\n<script>\n````\n# Heading\n")

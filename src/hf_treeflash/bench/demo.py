@@ -17,7 +17,7 @@ from ..tree import DraftTree
 from .arms import standard_arms
 from .compare import RoundRecorder, compare
 from .models import smollm2
-from .pairs import encode_prompt, load_pair
+from .pairs import encode_prompt, load_pair, with_knobs
 from .tables import table_rows
 
 # A small trained target and drafter, and two prompts held out of their training, whose texts repeat themselves least.
@@ -28,6 +28,7 @@ CHAT_DRAFTER, CHAT_PROMPTS = "smollm2-135m-instruct-treeflash", "prompts_held_ou
 ACCEPTED, CHOSEN = "green", "bold yellow"
 MEASURED_PROMPTS, SHOWN_NODES = 2, 22
 TOKENS, CHAT_TOKENS = 96, 64  # so that a laptop is done in some minutes
+CHAT_BUDGET = 8  # the chat model's drafter comes with "auto", which shows no trees where they do not pay
 
 
 def run(
@@ -64,6 +65,8 @@ def run(
     max_new_tokens = max_new_tokens or (CHAT_TOKENS if own else TOKENS)
     pair = own or (target_name or str(EMBEDDED / "target"), drafter_name or str(EMBEDDED / "drafter"))
     target, tokenizer, drafter = load_pair(*pair)
+    if own:
+        drafter = with_knobs(drafter, tree_budget=CHAT_BUDGET)
     prompts = read_prompts(prompts_file or (CHAT / CHAT_PROMPTS if own else EMBEDDED / "demo.json"))
     encoded = [encode_prompt(tokenizer, prompt["prompt"]).to(target.device) for prompt in prompts]
 
