@@ -9,6 +9,7 @@ import pytest
 from tests.docs.blocks import FENCE, ROOT
 
 REPOSITORY = "https://github.com/hf-treeflash/hf_treeflash"
+DOCS = ROOT / "docs"
 RAW = "https://raw.githubusercontent.com/hf-treeflash/hf_treeflash/main/"
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 PAGES = sorted(page for folder in (".", "docs", "hub_cards", "tests") for page in (ROOT / folder).glob("*.md"))
@@ -45,6 +46,8 @@ def test_links_lead_somewhere(page):
             assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?|mailto:\S+", link), f"{page.name}: {link}"
             continue
         assert place.exists(), f"{page.name}: {link}"
+        if page.is_relative_to(DOCS) and "://" not in link:  # a site has its own pages alone
+            assert place.resolve().is_relative_to(DOCS), f"{page.name}: {link} is not on the site; give its address"
         _, _, anchor = link.partition("#")
         if anchor:
             assert anchor in anchors_of(place), f"{page.name}: {link}"

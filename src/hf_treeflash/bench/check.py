@@ -72,7 +72,14 @@ class Report:
     __repr__ = __str__
 
 
-def check(target, drafter, tokenizer=None, *, max_new_tokens: int = 64) -> Report:
+def check(
+    target,
+    drafter,
+    tokenizer=None,
+    *,
+    max_new_tokens: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
     """Look at a target and a drafter, and generate three texts with and without it.
 
     Nothing is changed, and nothing raised: what stands in the way is a line of the report.
@@ -84,6 +91,8 @@ def check(target, drafter, tokenizer=None, *, max_new_tokens: int = 64) -> Repor
             The target's; by default the one that lies where the target came from.
         max_new_tokens (`int`, *optional*, defaults to 64):
             Tokens of each text.
+        progress (`Callable`, *optional*):
+            Told after each text how many are done, and of how many.
 
     Returns:
         [`Report`]: Prints as a table.
@@ -110,7 +119,7 @@ def check(target, drafter, tokenizer=None, *, max_new_tokens: int = 64) -> Repor
         if all(row.verdict != BAD for row in rows):
             prompts = encoded(target, tokenizer)
             rows += [guarded("taps", lambda: taps(target, drafter, prompts[0]))]
-            rows += measured(target, drafter, prompts, max_new_tokens)
+            rows += measured(target, drafter, prompts, max_new_tokens, progress)
     return Report(rows)
 
 
@@ -262,18 +271,22 @@ def encoded(target, tokenizer) -> list[torch.Tensor]:
     return [row[None].to(target.device) for row in ids]
 
 
-def measured(target, drafter, prompts: list[torch.Tensor], max_new_tokens: int) -> Iterator[Row]:
+def measured(
+    target, drafter, prompts: list[torch.Tensor], max_new_tokens: int, progress: Callable[[int, int], None]
+) -> Iterator[Row]:
     """Generate each text plainly and with the drafter, and yield what was seen."""
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
-    pairs = []
+    pairs: list[tuple] = []
     for prompt in prompts:
         call = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **settings}
         plain = target.generate(**call)
+        progress(2 * len(pairs) + 1, 2 * len(prompts))
         try:
             pairs.append((plain, target.generate(**call, assistant_model=drafter)))
         except Exception as error:
             yield Row("trees are exact", " ".join(str(error).split()), BAD)
             return
+        progress(2 * len(pairs), 2 * len(prompts))
     look = next(iter((recall("exactness", target) or {}).values()), None)
     if look is not None:
         found = (

@@ -18,6 +18,7 @@ from .arms import standard_arms
 from .compare import RoundRecorder, compare
 from .models import smollm2
 from .pairs import encode_prompt, load_pair, with_knobs
+from .progress import progress
 from .tables import table_rows
 
 # A small trained target and drafter, and two prompts held out of their training, whose texts repeat themselves least.
@@ -81,9 +82,10 @@ def run(
     show_round(target, tokenizer, drafter, encoded[0], streamed[0], console)
     arms = standard_arms(drafter)
     console.rule(f"{max_new_tokens} tokens after each of {len(prompts)} prompts, in {len(arms)} ways", style="dim")
-    # No spinner: its thread would compete with what is measured.
     console.print(f"measuring {repeats} repeats, all ways in turn ...\n", style="dim")
-    result = compare(target, arms, encoded, max_new_tokens=max_new_tokens, repeats=repeats, do_sample=False)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repeats": repeats, "do_sample": False}
+    with progress("texts") as tell:
+        result = compare(target, arms, encoded, progress=tell, **settings)
     show_table(result, console)
     return result
 

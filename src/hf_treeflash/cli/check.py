@@ -27,11 +27,13 @@ def check(
     quiet_off_a_terminal()
     from ..bench.check import check as report_on
     from ..bench.pairs import load_pair
+    from ..bench.progress import progress
     from ..generation import install_hook
 
     install_hook()
     model, tokenizer, draft_model = load_pair(*names, device=device, dtype=dtype and dtype.value)
     note("generating three texts, with and without the drafter ...")
-    report = report_on(model, draft_model, tokenizer, max_new_tokens=max_new_tokens)
+    with progress("texts") as tell:
+        report = report_on(model, draft_model, tokenizer, max_new_tokens=max_new_tokens, progress=tell)
     typer.echo(json.dumps([row._asdict() for row in report.rows], indent=2) if as_json else str(report))
     raise typer.Exit(0 if report.ok else 1)

@@ -8,7 +8,7 @@ import typer
 from .failures import FAULT, INTERRUPTED
 from .pair import check_length
 from .report import Report
-from .terminal import note, progress
+from .terminal import note
 
 Prompts = Annotated[
     Path | None,
@@ -97,6 +97,7 @@ def measure(
     from ..bench.compare import compare
     from ..bench.differences import is_exact
     from ..bench.pairs import describe_pair
+    from ..bench.progress import progress
     from ..bench.stages import stages_of_arms
     from ..bench.tasks import encoded_turns
 

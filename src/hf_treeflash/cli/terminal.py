@@ -1,8 +1,6 @@
-"""What commands print with: colours and progress on a terminal, plain text elsewhere."""
+"""What commands print with: colours on a terminal, plain text elsewhere."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -13,7 +11,7 @@ def output() -> Console:
 
 
 def errors() -> Console:
-    """Return a console over standard error, for what is no result: notes, progress, mistakes."""
+    """Return a console over standard error, for what is no result: notes, mistakes."""
     return Console(stderr=True, highlight=False)
 
 
@@ -31,24 +29,3 @@ def quiet_off_a_terminal() -> None:
 
     disable_progress_bars()
     logging.disable_progress_bar()
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal while the context is open; yields what is told how much is done, and of how much.
-
-    The bar is drawn when it is told something, by no thread of its own, which would compete with what is measured.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = errors()
-    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task(what, total=None)
-
-        def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            bar.refresh()
-
-        yield tell
