@@ -17,11 +17,10 @@ import torch
 from hf_treeflash import TreeFlashDraftModel
 from hf_treeflash.hub import export_drafter
 
-RECORD = "training_record.json"
 CURVE = 100  # points of the curves in the record, at most
 
 
-def training_record(checkpoint: Path, command: Path) -> dict:
+def training_record(checkpoint: Path) -> dict:
     """Return what a checkpoint's trainer state says of its training: how long, and how the metrics went."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     logs = [entry for entry in state["log_history"] if "loss" in entry]
@@ -29,7 +28,7 @@ def training_record(checkpoint: Path, command: Path) -> dict:
     return {
         "steps": state["global_step"],
         "batch_size": state["train_batch_size"],
-        "command": command.read_text().splitlines(),
+        "command": (checkpoint / "command.txt").read_text().splitlines(),
         "log": logs[::-1][::every][::-1],  # the last one always
     }
 
@@ -55,8 +54,6 @@ def main(argv: list[str] | None = None) -> list[str]:
     for knob in ("tree_budget", "num_candidates"):
         if getattr(args, knob) is not None:
             setattr(drafter.generation_config, knob, getattr(args, knob))
-    record = args.folder / RECORD
-    record.unlink(missing_ok=True)  # exports replace only what they wrote themselves
     files = export_drafter(
         drafter,
         args.folder,
@@ -65,10 +62,10 @@ def main(argv: list[str] | None = None) -> list[str]:
         datasets=args.dataset,
         evaluation=args.evaluation,
         command=args.checkpoint / "command.txt",
+        record=training_record(args.checkpoint),
     )
-    record.write_text(json.dumps(training_record(args.checkpoint, args.folder / "command.txt"), indent=1) + "\n")
-    print("\n".join([*files, RECORD]))
-    return [*files, RECORD]
+    print("\n".join(files))
+    return files
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ MISTAKES = [
     (f"train {PAIR} --samples {{lines}} --output_dir o --stage tail", "`stage` must be one of"),
     ("export {drafter} {folder} --target acme/t", "which no export wrote"),
     ("export {drafter} {folder}/new --target acme/t --evaluation {text}", "is no JSON"),
+    ("export {drafter} {folder}/new --target acme/t --record {text}", "is no JSON"),
+    ("export {drafter} {folder}/new --target acme/t --record {drafter}/missing.json", "does not exist"),
     ("export {drafter} {folder}/new", "Missing option '--target'"),
     ("push {folder}/none acme/drafter", "(?i)dir.* '.*none' does not exist"),
     ("push {folder} acme/drafter", "is no exported folder"),

@@ -17,7 +17,7 @@ from hf_treeflash.bench.arms import standard_arms
 from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.pairs import describe_pair
 from hf_treeflash.draft_vocabulary import kept_tokens
-from hf_treeflash.hub import export_drafter, export_speculators
+from hf_treeflash.hub import export_drafter, export_speculators, push
 from hf_treeflash.hub.scan import check_file
 from tests.helpers.pair_on_disk import letter_tokenizer
 from tests.helpers.tiny import VOCAB, keeping, prompt, tiny_drafter, tiny_target
@@ -117,8 +117,12 @@ def test_card_takes_every_number_from_the_evaluation(tmp_path, evaluation):
         datasets=["acme/chats"],
         evaluation=file,
         command=command,
+        record={"steps": 3, "data": "/home/someone/samples.jsonl"},
     )
-    assert {"command.txt", "evaluation.json"} < set(files)
+    assert {"command.txt", "evaluation.json", "training_record.json"} < set(files)
+    record = json.loads((tmp_path / "out" / "training_record.json").read_text())
+    assert record == {"steps": 3, "data": "samples.jsonl"}
+    assert push(tmp_path / "out", "acme/treeflash-target", dry_run=True) == files
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data
     assert (data.base_model, data.library_name, data.pipeline_tag) == (

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from hf_treeflash import TreeFlashDraftModel
+from hf_treeflash.hub import push
 
 from .conftest import make_drafter, make_target
 
@@ -97,6 +98,7 @@ def test_a_checkpoint_is_exported_with_its_record(example, pair, tmp_path):
     files = example("export_trained").main(arguments)
     assert example("export_trained").main(arguments) == files  # in its own place
     assert {"README.md", "model.safetensors", "training_record.json"} <= set(files)
+    assert push(folder, "acme/treeflash-target", dry_run=True) == files
     record = json.loads((folder / "training_record.json").read_text())
     assert record["steps"] == 2 and [entry["step"] for entry in record["log"]] == [1, 2]
     shipped = TreeFlashDraftModel.from_pretrained(folder, dtype="auto")

@@ -1,5 +1,6 @@
 """`hf-treeflash export`: a drafter as a Hub repository."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,9 @@ def export(
     command: Annotated[
         Path | None, typer.Option(help="The training's command.txt.", exists=True, dir_okay=False)
     ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="How the training went: a training_record.json.", exists=True, dir_okay=False)
+    ] = None,
     speculators: Annotated[bool, typer.Option(help="Only the backbone, in the form of vLLM's speculators.")] = False,
 ) -> None:
     """Write a drafter as a Hub repository, with the code to run it and a card."""
@@ -34,6 +38,7 @@ def export(
     earlier_files(folder)  # refuses what it would not replace, before anything loads
     if evaluation is not None:
         read_evaluation(evaluation)
+    recorded = None if record is None else read_record(record)
     from ..hub import export_drafter, export_speculators
     from ..modeling_treeflash import TreeFlashDraftModel
 
@@ -51,5 +56,17 @@ def export(
             datasets=dataset,
             evaluation=evaluation,
             command=command,
+            record=recorded,
         )
     typer.echo("\n".join(files))
+
+
+def read_record(file: Path) -> dict:
+    """Return the record in a file; refuse what is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise typer.BadParameter(f"{file} is no JSON: {error}.", param_hint="--record") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{file} holds no JSON object.", param_hint="--record")
+    return found

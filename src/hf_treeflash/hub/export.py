@@ -38,12 +38,13 @@ def export_drafter(
     datasets: list[str] | None = None,
     evaluation: dict[str, Any] | str | os.PathLike | None = None,
     command: str | os.PathLike | None = None,
+    record: dict[str, Any] | None = None,
 ) -> list[str]:
     """Write a drafter as a Hub repository: weights, config, knobs, the code to run it, and a card.
 
     The folder works where this package is not installed: `AutoModel.from_pretrained(folder, trust_remote_code=True)`,
     then `target.generate(..., assistant_model=drafter, custom_generate=folder, trust_remote_code=True)`. Absolute
-    paths in the evaluation and the command are shortened to their last part.
+    paths in the evaluation, the command and the record are shortened to their last part.
 
     Args:
         drafter ([`TreeFlashDraftModel`]):
@@ -63,6 +64,8 @@ def export_drafter(
             source of numbers.
         command (path, *optional*):
             The `command.txt` of the training.
+        record (`dict`, *optional*):
+            How the training went: plain data, which becomes `training_record.json`.
 
     Returns:
         `list[str]`: The files of the folder, relative to it.
@@ -90,6 +93,9 @@ def export_drafter(
             plot = plot_acceptance(measured["results"], place / "acceptance.png")
         if training is not None:
             (place / "command.txt").write_text(training + "\n", encoding="utf-8")
+        if record is not None:
+            text = json.dumps(without_paths(record), indent=1) + "\n"
+            (place / "training_record.json").write_text(text, encoding="utf-8")
         card = render_card(
             drafter,
             name=name or Path(folder).resolve().name,

@@ -11,7 +11,8 @@ from .folder import CARD, check_files, list_files, read_manifest
 
 # What an earlier push may have left in the repository and this export no longer has.
 SHARDS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
-EARLIER = ["evaluation.json", "acceptance.png", "command.txt", *SHARDS, "custom_generate/*.py"]
+RECORDS = ["evaluation.json", "acceptance.png", "command.txt", "training_record.json"]
+EARLIER = [*RECORDS, *SHARDS, "custom_generate/*.py"]
 
 
 def push(folder: str | os.PathLike, repo_id: str, *, private: bool = False, dry_run: bool = False) -> list[str]:
