@@ -3,7 +3,8 @@
     python benchmarks/kinds.py --drafter drafters/smollm2-135m-instruct-treeflash --json kinds.json --plot kinds.png
 
 The target is SmolLM2-135M-Instruct unless another is named. A run that was stopped goes on where it was; another batch
-size, written to the same file, joins the tables. A card takes the file, too.
+size, written to the same file, joins the tables; other lengths or counts of prompts need a file of their own. A card
+takes the file, too.
 """
 
 import argparse
@@ -53,6 +54,17 @@ def by_kind(file: Path, limit: int | None) -> dict[str, list[str]]:
 
 def key(result: dict[str, Any]) -> list:
     return [result["kind"], result["sampling"], result["settings"]["batch_size"]]
+
+
+def known(results: list[dict[str, Any]], kind: str, sampling: str, prompts: int, options: dict[str, Any]) -> bool:
+    """Return whether a kind was measured already; refuse a file in which it was, but in another way."""
+    for result in results:
+        if key(result) == [kind, sampling, options["batch_size"]]:
+            found, asked = result["settings"], {"prompts": prompts, **options}
+            if other := [f"{name} {found[name]}" for name in asked if found[name] != asked[name]]:
+                raise SystemExit(f"{sampling}, {kind} was measured with {', '.join(other)}: give another --json.")
+            return True
+    return False
 
 
 def over_all(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,12 +150,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if args.json.exists():
         record = json.loads(args.json.read_text(encoding="utf-8"))
     results = record["results"]
+    options = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "batch_size": args.batch_size}
     for sampling in args.samplings:
         for kind, prompts in by_kind(args.prompts, args.per_kind).items():
-            if [kind, sampling, args.batch_size] in map(key, results):
+            if known(results, kind, sampling, len(prompts), options):
                 continue
             encoded = [encode_prompt(tokenizer, prompt).to(target.device) for prompt in prompts]
-            options = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "batch_size": args.batch_size}
             result = compare(target, arms, encoded, task=kind, **options, **SAMPLINGS[sampling])
             results.append({"kind": kind, "sampling": sampling, **result})
             args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

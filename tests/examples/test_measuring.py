@@ -72,6 +72,8 @@ def test_kinds_of_prompts(places, tmp_path, capsys):
     assert all(arm["identical"] for r in results for arm in r["arms"] if arm["promises_text"])
     assert (tmp_path / "kinds.png").stat().st_size > 1000
     assert read_evaluation(record)["results"][0]["task"] == "chat"
+    with pytest.raises(SystemExit, match="measured with max_new_tokens 6"):
+        main([*argv, "--samplings", "greedy", "--max-new-tokens", "7"])
 
 
 def test_generate_wants_a_prompt(places, capsys):
