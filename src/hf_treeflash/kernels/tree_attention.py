@@ -201,6 +201,12 @@ def _config_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, int]:
     return tree_attention_config(query.dtype, query.shape[3], packed_rows, capability)
 
 
+def _tiles(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Returns into how many tiles the rows of a key/value head are cut."""
+    packed_rows = query.shape[2] * (query.shape[1] // key.shape[1])
+    return -(-packed_rows // _config_of(query, key)["BLOCK_M"])
+
+
 def default_num_splits(query: torch.Tensor, key: torch.Tensor, at_least: int = MIN_SPLIT_SLOTS) -> int:
     """
     Returns into how many parts to cut the prefix: programs for every multiprocessor, none with too little to do.
@@ -214,9 +220,7 @@ def default_num_splits(query: torch.Tensor, key: torch.Tensor, at_least: int = M
             Slots of a part.
     """
     batch, kv_heads, slots, _ = key.shape
-    packed_rows = query.shape[2] * (query.shape[1] // kv_heads)
-    tiles = -(-packed_rows // _config_of(query, key)["BLOCK_M"])
-    wanted = min(PROGRAMS // (batch * kv_heads * tiles), slots // at_least, MAX_SPLITS)
+    wanted = min(PROGRAMS // (batch * kv_heads * _tiles(query, key)), slots // at_least, MAX_SPLITS)
     return 1 << (max(wanted, 1).bit_length() - 1)  # few values: each is compiled
 
 
@@ -236,6 +240,13 @@ def new_arrivals(device: torch.device) -> torch.Tensor:
         `torch.IntTensor` of shape `(tiles,)`, for all tiles that [`default_num_splits`] would split.
     """
     return torch.zeros(PROGRAMS // 2, dtype=torch.int32, device=device)
+
+
+def merges_inside(query: torch.Tensor, key: torch.Tensor, num_splits: int, arrivals: torch.Tensor | None) -> bool:
+    """Returns whether [`tree_attention`] merges splits as it computes them: few, and with a counter for each tile."""
+    if arrivals is None or key.shape[0] * key.shape[1] * _tiles(query, key) > len(arrivals):
+        return False
+    return 1 < num_splits <= splits_inside(_config_of(query, key)["BLOCK_M"], query.shape[3])
 
 
 def tree_attention_reference(
@@ -351,16 +362,11 @@ def tree_attention(
     config = _config_of(query, key)
     output = query.new_empty(batch, nodes, heads, head_dim)
     partial = lse = output
-    tiles = -(-nodes * group // config["BLOCK_M"])
     if num_splits > 1:
         partial = query.new_empty(batch * kv_heads, num_splits, nodes * group, head_dim, dtype=torch.float32)
         lse = query.new_empty(batch * kv_heads, num_splits, nodes * group, dtype=torch.float32)
-    merge = (
-        arrivals is not None
-        and 1 < num_splits <= splits_inside(config["BLOCK_M"], head_dim)
-        and batch * kv_heads * tiles <= len(arrivals)
-    )
-    _tree_attention_kernel[(batch * kv_heads, tiles, num_splits)](
+    merge = merges_inside(query, key, num_splits, arrivals)
+    _tree_attention_kernel[(batch * kv_heads, _tiles(query, key), num_splits)](
         query, key, value, new_key, new_value, words, prefix_length.contiguous(), kv_start.contiguous(),
         partial, lse, output if arrivals is None else arrivals, output, scaling * math.log2(math.e),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *new_key.stride()[:3], *new_value.stride()[:3],
