@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from hf_treeflash import kernels, tree
 from hf_treeflash.draft_head import DraftHead
 from hf_treeflash.kernels import Tree
+from hf_treeflash.kernels.tree_attention import merges_inside
 from hf_treeflash.transitions import Transitions
 from hf_treeflash.verify import walk
 
@@ -115,11 +116,15 @@ def tree_attention(sizes: Sizes, device: torch.device, context: int, nodes: int,
         return output.transpose(1, 2).contiguous()
 
     ways = {"oracle": Way(lambda: kernels.tree_attention_reference(*inputs, 1))}
-    default = kernels.default_num_splits(query, key)
+    default, arrivals = kernels.default_num_splits(query, key), kernels.new_arrivals(device)
     for splits in sorted({*SPLITS, default}):
         chosen = ", the default" if splits == default else ""
         run = functools.partial(kernels.tree_attention, *inputs, splits)
         ways[f"kernel, {splits} splits{chosen}"] = Way(run)
+        if merges_inside(query, key, splits, arrivals):
+            ways[f"kernel, {splits} splits{chosen}, merged in the same launch"] = Way(
+                functools.partial(run, arrivals=arrivals)
+            )
     ways["repeat_kv + SDPA"] = Way(repeated)  # what transformers does when there is a mask
     ways["SDPA, grouped"] = Way(grouped)
     if with_flex:

@@ -58,6 +58,7 @@ class PrefixAttention:
         self.model, self.shapes = model, shapes
         self.config = model.config.get_text_config(decoder=True)
         self.runs: bool | None = None
+        self._arrivals: torch.Tensor | None = None
 
     def arguments(self, prefix: PrefixCache, before: int, words: torch.Tensor) -> dict | None:
         """Return the keyword arguments of a pass that take the place of masks; None if it needs masks.
@@ -75,10 +76,13 @@ class PrefixAttention:
         starts = prefix.starts(len(words), words.device) if self.runs else None
         if starts is None:
             return None
+        if self._arrivals is None:
+            self._arrivals = kernels.new_arrivals(words.device)
         return {
             "attention_mask": words[:, None],
             "tree_prefix": torch.full((len(words),), before, device=words.device),
             "tree_start": starts,
+            "tree_arrivals": self._arrivals,
         }
 
     def _fits(self, prefix: PrefixCache, like: torch.Tensor) -> bool:

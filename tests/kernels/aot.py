@@ -23,21 +23,23 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[2] / "src" / "hf_treeflash"))
 
 
-def attention(dtype: str, dim: int, group: int, splits: int, nodes: int, capability: int, append=False) -> dict:
+def attention(
+    dtype: str, dim: int, group: int, splits: int, nodes: int, capability: int, append=False, merge=False
+) -> dict:
     module = importlib.import_module("kernels.tree_attention")
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     config = module.tree_attention_config(torch_dtype, dim, nodes * group, divmod(capability, 10))
     types = {name: f"*{dtype}" for name in ("Q", "K", "V", "NEW_K", "NEW_V", "OUT")}
     types |= {name: "*i64" for name in ("WORDS", "PREFIX", "START")}
     types |= {"PARTIAL": "*fp32" if splits > 1 else f"*{dtype}", "LSE": "*fp32" if splits > 1 else f"*{dtype}"}
-    types["scale_log2e"] = "fp32"
-    constants = {"GROUP": group, "DIM": dim, "SPLITS": splits, "APPEND": append, "UPCAST": False}
+    types |= {"ARRIVALS": "*i32" if merge else f"*{dtype}", "scale_log2e": "fp32"}
+    constants = {"GROUP": group, "DIM": dim, "SPLITS": splits, "MERGE": merge, "APPEND": append, "UPCAST": False}
     constants |= {"nodes": 1} if nodes == 1 else {}  # as the launcher does with integers that are 1
     return {"kernel": module._tree_attention_kernel, "types": types, "constants": constants | config}
 
 
 def merge(splits: int, group: int, dim: int) -> dict:
-    module = importlib.import_module("kernels.tree_attention")
+    module = importlib.import_module("kernels.merge_splits")
     types = {"PARTIAL": "*fp32", "LSE": "*fp32", "OUT": "*bf16"}
     splits_block, block_m = module.merge_tile(splits, dim)
     constants = {"GROUP": group, "DIM": dim, "SPLITS_BLOCK": splits_block, "BLOCK_M": block_m}
@@ -111,6 +113,13 @@ def configurations(capability: int) -> dict[str, dict]:
         "attention bf16 d128 g4 split 8, one node": attention("bf16", 128, 4, 8, 1, capability),
         "attention bf16 d128 g4 split 1, new": attention("bf16", 128, 4, 1, 64, capability, append=True),
         "attention bf16 d128 g4 split 8, new": attention("bf16", 128, 4, 8, 64, capability, append=True),
+        "attention bf16 d128 g4 split 8, merged": attention("bf16", 128, 4, 8, 64, capability, merge=True),
+        "attention bf16 d128 g4 split 8, new, merged": attention("bf16", 128, 4, 8, 64, capability, True, True),
+        "attention bf16 d128 g4 split 32, one node, merged": attention("bf16", 128, 4, 32, 1, capability, merge=True),
+        "attention bf16 d64 g2 split 16, merged": attention("bf16", 64, 2, 16, 64, capability, merge=True),
+        "attention bf16 d256 g2 split 4, merged": attention("bf16", 256, 2, 4, 64, capability, merge=True),
+        "attention fp32 d128 g4 split 32, merged": attention("fp32", 128, 4, 32, 64, capability, merge=True),
+        "attention fp32 d256 g2 split 16, merged": attention("fp32", 256, 2, 16, 64, capability, merge=True),
         "attention bf16 d64 g2 split 4": attention("bf16", 64, 2, 4, 64, capability),
         "attention bf16 d256 g2 split 4": attention("bf16", 256, 2, 4, 64, capability),
         "attention fp32 d128 g4 split 4": attention("fp32", 128, 4, 4, 64, capability),

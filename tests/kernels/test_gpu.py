@@ -18,6 +18,7 @@ from hf_treeflash.kernels import (
     gated_delta_reference,
     head_select,
     head_select_reference,
+    new_arrivals,
     pointer_table,
     tree_attention,
     tree_attention_reference,
@@ -42,7 +43,13 @@ def test_attention_in_bf16(nodes, context, splits):
     prefix = torch.tensor([context, context // 2]).cuda()
     start = torch.tensor([0, context // 4]).cuda()
     case = (query, key, value, words, prefix, start, 128**-0.5, splits)
-    torch.testing.assert_close(tree_attention(*case), tree_attention_reference(*case), atol=1e-2, rtol=2e-2)
+    expected, arrivals = tree_attention_reference(*case), new_arrivals(query.device)
+    once = tree_attention(*case, arrivals=arrivals)
+    for output in (once, tree_attention(*case)):
+        torch.testing.assert_close(output, expected, atol=1e-2, rtol=2e-2)
+    for _ in range(50):  # whichever program comes last
+        assert torch.equal(tree_attention(*case, arrivals=arrivals), once)
+    assert not arrivals.any()
 
 
 def test_head_select_at_full_size():
@@ -73,11 +80,12 @@ def test_graph_replay_equals_the_oracles():
     prefix = torch.tensor([3, 64, 200, 131]).cuda()
     start = torch.tensor([0, 5, 0, 40]).cuda()
     targets = torch.zeros(batch, budget, dtype=torch.int64, device="cuda")
-    table = pointer_table(cache)
+    table, arrivals = pointer_table(cache), new_arrivals(query.device)
 
     def round_on_device():
         tree = build_tree(*transitions, budget)
-        output = tree_attention(query, cache[0], cache[1], tree.ancestor_words, prefix, start, 0.125, 4)
+        inputs = query, cache[0], cache[1], tree.ancestor_words, prefix, start, 0.125, 4
+        output = tree_attention(*inputs, arrivals=arrivals)
         path, length, token = accept(tree.token_ids, tree.parents, tree.ancestor_words, tree.num_nodes, targets)
         compact(cache, path, length, prefix, pointers=table)
         return output, path, length, token

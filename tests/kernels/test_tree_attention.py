@@ -7,11 +7,13 @@ import torch
 
 from hf_treeflash.kernels import (
     default_num_splits,
+    new_arrivals,
     pack_ancestor_words,
     tree_attention,
     tree_attention_reference,
     unpack_ancestor_words,
 )
+from hf_treeflash.kernels._launch import LazyKernel
 
 from .conftest import kernel_module
 from .trees import ancestor_mask, random_parents, random_words
@@ -30,6 +32,7 @@ CASES = {
     "diverging rows, static cache": (33, 4, 2, 16, [20, 70], [4, 0], 4, 37),
     "many splits": (33, 2, 1, 16, [700, 300], [0, 5], 32, 3),
     "group of three": (16, 6, 2, 16, [33], [0], 1, 0),
+    "three rows, several tiles": (9, 4, 2, 16, [70, 0, 260], [3, 0, 7], 8, 5),
 }  # fmt: skip
 
 
@@ -95,11 +98,78 @@ def test_new_keys_and_values_are_written_and_read(triton_kernels, device, name):
 def test_rows_that_see_nothing_are_zero(triton_kernels, device):
     query, key, value, words, prefix, start, scaling, _ = make_case("no prefix", torch.float32, device)
     words[:, 3] = 0
-    for splits in (1, 2):
-        for function in (tree_attention, tree_attention_reference):
-            output = function(query, key, value, words, prefix, start, scaling, splits)
-            assert not output[:, 3].any()
-            assert output.isfinite().all()
+    case = query, key, value, words, prefix, start, scaling
+    outputs = [tree_attention(*case, 2, arrivals=new_arrivals(device))]
+    outputs += [
+        function(*case, splits) for splits in (1, 2) for function in (tree_attention, tree_attention_reference)
+    ]
+    for output in outputs:
+        assert not output[:, 3].any()
+        assert output.isfinite().all()
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """Names of the kernels launched since."""
+    names, launch = [], LazyKernel.__getitem__
+    monkeypatch.setattr(
+        LazyKernel, "__getitem__", lambda kernel, grid: names.append(kernel.function.__name__) or launch(kernel, grid)
+    )
+    return names
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 8, 32])
+def test_launches_that_merge_share_their_arrivals(triton_kernels, device, launched, splits):
+    arrivals = new_arrivals(device)
+    for name in ("three rows, several tiles", "empty splits", "one node", "three rows, several tiles"):
+        *case, _ = make_case(name, torch.float32, device)
+        output = tree_attention(*case, splits, arrivals=arrivals)
+        torch.testing.assert_close(output, tree_attention_reference(*case, splits), atol=1e-5, rtol=1e-5)
+        assert not arrivals.any()
+    assert launched == ["_tree_attention_kernel"] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_launch_that_merges_and_writes(triton_kernels, device, dtype):
+    query, key, value, *rest = make_case("diverging rows, static cache", dtype, device)
+    first, nodes, arrivals = rest[1].tolist(), query.shape[2], new_arrivals(device)
+    new = [torch.stack([states[row, :, at : at + nodes] for row, at in enumerate(first)]) for states in (key, value)]
+    expected = tree_attention_reference(query, key, value, *rest)
+    for row, at in enumerate(first):
+        key[row, :, at : at + nodes] = value[row, :, at : at + nodes] = float("nan")
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for _ in range(2):
+        output = tree_attention(query, key, value, *rest, new, arrivals)
+        torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+        assert not arrivals.any()
+    for row, at in enumerate(first):
+        assert torch.equal(key[row, :, at : at + nodes], new[0][row])
+        assert torch.equal(value[row, :, at : at + nodes], new[1][row])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter lets us choose the order of programs")
+def test_whichever_split_comes_last_merges_all_in_one_order(triton_kernels, device, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    case, arrivals = make_case("three rows, several tiles", torch.float32, device), new_arrivals(device)
+    first = tree_attention(*case, arrivals=arrivals)
+    place = interpreter_builder.set_grid_idx
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: place(x, y, (5 - 3 * z) % 8))
+    assert torch.equal(tree_attention(*case, arrivals=arrivals), first)
+    assert not arrivals.any()
+
+
+@pytest.mark.parametrize("few", ["no counters", "few counters", "few splits"])
+def test_merges_of_much_are_launches_of_their_own(triton_kernels, device, launched, monkeypatch, few):
+    case = make_case("padding", torch.float32, device)
+    arrivals = None if few == "no counters" else new_arrivals(device)
+    if few == "few counters":  # more tiles than there are counters
+        arrivals = arrivals[:5]
+    elif few == "few splits":
+        monkeypatch.setattr(kernel_module("merge_splits"), "MERGED_INSIDE", 16 * 16)
+    output = tree_attention(*case, arrivals=arrivals)
+    torch.testing.assert_close(output, tree_attention_reference(*case), atol=1e-5, rtol=1e-5)
+    assert launched == ["_tree_attention_kernel", "_merge_kernel"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -165,3 +235,13 @@ def test_tiles():
 def test_splits_fill_the_device_and_have_enough_to_do(batch, nodes, slots, splits):
     query, key = torch.empty(batch, 32, nodes, 128, dtype=torch.bfloat16), torch.empty(batch, 8, slots, 128)
     assert default_num_splits(query, key) == splits
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "rows", "inside"),
+    [(torch.bfloat16, 128, 256, 8), (torch.bfloat16, 64, 256, 16), (torch.bfloat16, 256, 256, 4),
+     (torch.bfloat16, 128, 4, 32), (torch.float32, 128, 256, 32)],
+)  # fmt: skip
+def test_splits_that_merge_inside(dtype, dim, rows, inside):
+    config = kernel_module("tree_attention").tree_attention_config(dtype, dim, rows, (9, 0))
+    assert kernel_module("merge_splits").splits_inside(config["BLOCK_M"], dim) == inside

@@ -28,4 +28,4 @@ def test_launches_of_36_and_5_layers(launches):
     verify = few["verify"] + 32 * (more["verify"] - few["verify"])
     draft = few["draft"] + 3 * (more["draft"] - few["draft"])
     assert few["commit"] == more["commit"] <= 18
-    assert verify + draft + few["commit"] <= 2116
+    assert verify + draft + few["commit"] <= 2080

@@ -13,7 +13,13 @@ from .build_tree import Tree, build_tree, build_tree_reference
 from .compact import compact, compact_reference, pointer_table
 from .gated_delta import GatedDelta, gated_delta, gated_delta_reference, path_decays
 from .head_select import head_select, head_select_reference
-from .tree_attention import default_num_splits, is_tileable, tree_attention, tree_attention_reference
+from .tree_attention import (
+    default_num_splits,
+    is_tileable,
+    new_arrivals,
+    tree_attention,
+    tree_attention_reference,
+)
 
 __all__ = [
     "GatedDelta",
@@ -33,6 +39,7 @@ __all__ = [
     "head_select",
     "head_select_reference",
     "is_tileable",
+    "new_arrivals",
     "pack_ancestor_words",
     "path_decays",
     "pointer_table",

@@ -14,6 +14,7 @@ model(
     past_key_values=cache,
     tree_prefix=prefix_length,  # (batch,)
     tree_start=kv_start,  # (batch,)
+    tree_arrivals=new_arrivals(device),  # spares each layer a launch; made once
 )
 ```
 
@@ -38,6 +39,7 @@ SLOTS_OF_A_LAUNCH = 2048
 UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks", "cache")
 
 
+# To its callers the operator changes nothing: arrivals are zero before and after it.
 @torch.library.custom_op("hf_treeflash::tree_attention", mutates_args=())
 def tree_attention_op(
     query: torch.Tensor,
@@ -47,14 +49,16 @@ def tree_attention_op(
     prefix_length: torch.Tensor,
     kv_start: torch.Tensor,
     scaling: float,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[`tree_attention`] as an operator that `torch.compile` does not look into."""
     splits = default_num_splits(query, key)
-    return tree_attention(query, key, value, ancestor_words, prefix_length, kv_start, scaling, splits)
+    inputs = query, key, value, ancestor_words, prefix_length, kv_start, scaling, splits
+    return tree_attention(*inputs, arrivals=arrivals)
 
 
 @tree_attention_op.register_fake
-def _(query, key, value, ancestor_words, prefix_length, kv_start, scaling):
+def _(query, key, value, ancestor_words, prefix_length, kv_start, scaling, arrivals=None):
     batch, heads, nodes, head_dim = query.shape
     return query.new_empty(batch, nodes, heads, head_dim)
 
@@ -122,6 +126,7 @@ def tree_attention_forward(
     tree_prefix: torch.Tensor | None = None,
     tree_start: torch.Tensor | None = None,
     tree_unwritten=None,
+    tree_arrivals: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -149,6 +154,8 @@ def tree_attention_forward(
             First valid slot (left padding), 0 if not given.
         tree_unwritten ([`Unwritten`], *optional*):
             Where a cache left the keys and values of the nodes, for this function to write to their slots.
+        tree_arrivals (`torch.IntTensor`, *optional*):
+            Of [`new_arrivals`], for passes that run one after the other.
 
     Returns:
         `tuple` of the output `(batch, nodes, heads, head_dim)` and None.
@@ -183,10 +190,11 @@ def tree_attention_forward(
     if plain and key.shape == value.shape and query.shape[-1] == key.shape[-1]:
         inputs = query, key, value, words, tree_prefix, tree_start, scaling
         if torch.compiler.is_compiling():
-            return tree_attention_op(*inputs), None
-        # Launched one by one, passes wait for the host, which an operator of our own and a merge of splits would keep.
+            return tree_attention_op(*inputs, tree_arrivals), None
+        # Launched one by one, passes wait for the host, which an operator of our own and more splits would keep.
         new = None if tree_unwritten is None else tree_unwritten.take(key)
-        return tree_attention(*inputs, default_num_splits(query, key, SLOTS_OF_A_LAUNCH), new), None
+        splits = default_num_splits(query, key, SLOTS_OF_A_LAUNCH)
+        return tree_attention(*inputs, splits, new, tree_arrivals), None
     mask = dense_tree_mask(words, tree_prefix, tree_start, key.shape[2], sliding_window=window)
     if softcap is not None or sinks is not None:
         return _softmax_attention(module, query, key, value, mask, scaling, softcap, sinks), None

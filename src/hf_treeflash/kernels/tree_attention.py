@@ -17,6 +17,7 @@ import torch
 
 from ._launch import LazyKernel, next_power_of_2, use_triton
 from .ancestor_words import dense_tree_mask, num_words
+from .merge_splits import _merge_tile, merge_splits, splits_inside
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -25,8 +26,6 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 # Two programs for each multiprocessor of an H100.
 PROGRAMS = 264
 MIN_SPLIT_SLOTS, MAX_SPLITS = 128, 32
-# Partial results that a program of the merge holds.
-MERGE_ELEMENTS = 8192
 
 
 @LazyKernel
@@ -58,11 +57,11 @@ def _attend(
 
 @LazyKernel
 def _tree_attention_kernel(
-    Q, K, V, NEW_K, NEW_V, WORDS, PREFIX, START, PARTIAL, LSE, OUT, scale_log2e,
+    Q, K, V, NEW_K, NEW_V, WORDS, PREFIX, START, PARTIAL, LSE, ARRIVALS, OUT, scale_log2e,
     q_batch, q_head, q_node, k_batch, k_head, k_slot, v_batch, v_head, v_slot,
     n_k_batch, n_k_head, n_k_node, n_v_batch, n_v_head, n_v_node, w_batch, w_node, nodes, kv_heads,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
-    SPLITS: tl.constexpr, APPEND: tl.constexpr, UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr, MERGE: tl.constexpr, APPEND: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     batch_head = tl.program_id(0).to(tl.int64)
     batch = batch_head // kv_heads
@@ -131,41 +130,25 @@ def _tree_attention_kernel(
 
     safe_total = tl.where(total == 0.0, 1.0, total)
     out = acc / safe_total[:, None]
+    out_base = OUT + (batch * nodes * kv_heads + kv_head) * GROUP * DIM
+    out_row = node * (kv_heads * GROUP) + head
     if SPLITS == 1:
-        out_base = OUT + (batch * nodes * kv_heads + kv_head) * GROUP * DIM
-        out_row = node * (kv_heads * GROUP) + head
         tl.store(out_base + out_row[:, None] * DIM + dim[None, :], out.to(OUT.dtype.element_ty), mask=in_rows[:, None])
     else:
-        partial_base = (batch_head * SPLITS + split) * (nodes * GROUP)
+        first_row = batch_head * SPLITS * (nodes * GROUP)
+        place = first_row + split * (nodes * GROUP) + rows
         lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(safe_total))
-        tl.store(LSE + partial_base + rows, lse, mask=in_rows)
-        tl.store(PARTIAL + partial_base * DIM + rows[:, None] * DIM + dim[None, :], out, mask=in_rows[:, None])
-
-
-@LazyKernel
-def _merge_kernel(
-    PARTIAL, LSE, OUT, nodes, kv_heads, splits,
-    GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    batch_head = tl.program_id(0).to(tl.int64)
-    batch = batch_head // kv_heads
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.arange(0, SPLITS_BLOCK)
-    node = rows // GROUP
-    in_rows = node < nodes
-    dim = tl.arange(0, DIM)
-    # All splits at once: their loads do not wait for each other.
-    place = (batch_head * splits + split)[None, :] * (nodes * GROUP) + rows[:, None]
-    valid = in_rows[:, None] & (split < splits)[None, :]
-    lse = tl.load(LSE + place, mask=valid, other=float("-inf"))
-    top = tl.max(lse, 1)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    partial = tl.load(PARTIAL + place[:, :, None] * DIM + dim[None, None, :], mask=valid[:, :, None], other=0.0)
-    total = tl.sum(weight, 1)
-    out = tl.sum(partial * weight[:, :, None], 1) / tl.where(total == 0.0, 1.0, total)[:, None]
-    out_base = OUT + (batch * nodes * kv_heads + batch_head % kv_heads) * GROUP * DIM
-    out_row = node * (kv_heads * GROUP) + rows % GROUP
-    tl.store(out_base + out_row[:, None] * DIM + dim[None, :], out.to(OUT.dtype.element_ty), mask=in_rows[:, None])
+        tl.store(LSE + place, lse, mask=in_rows)
+        tl.store(PARTIAL + place[:, None] * DIM + dim[None, :], out, mask=in_rows[:, None])
+        if MERGE:
+            tl.debug_barrier()  # one thread tells of the stores of all
+            arrivals = ARRIVALS + batch_head * tl.num_programs(1) + tl.program_id(1)
+            if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+                _merge_tile(
+                    PARTIAL + first_row * DIM, LSE + first_row, out_base, rows, out_row, in_rows, nodes * GROUP,
+                    DIM, BLOCK_M, SPLITS,
+                )  # fmt: skip
+                tl.store(arrivals, 0)  # as the next launch expects it
 
 
 def tree_attention_config(
@@ -202,12 +185,6 @@ def tree_attention_config(
     }
 
 
-def merge_tile(num_splits: int, head_dim: int) -> tuple[int, int]:
-    """Returns how many splits and how many rows a program of the merge takes."""
-    splits_block = next_power_of_2(num_splits)
-    return splits_block, max(MERGE_ELEMENTS // (splits_block * head_dim), 1)
-
-
 def is_tileable(head_dim: int) -> bool:
     """Returns whether the kernel knows a head size; for others its oracle answers."""
     return next_power_of_2(head_dim) == head_dim and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM
@@ -224,6 +201,12 @@ def _config_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, int]:
     return tree_attention_config(query.dtype, query.shape[3], packed_rows, capability)
 
 
+def _tiles(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Returns into how many tiles the rows of a key/value head are cut."""
+    packed_rows = query.shape[2] * (query.shape[1] // key.shape[1])
+    return -(-packed_rows // _config_of(query, key)["BLOCK_M"])
+
+
 def default_num_splits(query: torch.Tensor, key: torch.Tensor, at_least: int = MIN_SPLIT_SLOTS) -> int:
     """
     Returns into how many parts to cut the prefix: programs for every multiprocessor, none with too little to do.
@@ -237,10 +220,33 @@ def default_num_splits(query: torch.Tensor, key: torch.Tensor, at_least: int = M
             Slots of a part.
     """
     batch, kv_heads, slots, _ = key.shape
-    packed_rows = query.shape[2] * (query.shape[1] // kv_heads)
-    tiles = -(-packed_rows // _config_of(query, key)["BLOCK_M"])
-    wanted = min(PROGRAMS // (batch * kv_heads * tiles), slots // at_least, MAX_SPLITS)
+    wanted = min(PROGRAMS // (batch * kv_heads * _tiles(query, key)), slots // at_least, MAX_SPLITS)
     return 1 << (max(wanted, 1).bit_length() - 1)  # few values: each is compiled
+
+
+def new_arrivals(device: torch.device) -> torch.Tensor:
+    """
+    Returns counters by which the programs of a tile find out which of them is the last.
+
+    Every launch finds them at zero and leaves them there, so that launches of one stream, and replays of a recorded
+    graph, can share them without anyone writing zeros in between. Launches that may overlap need counters each: they
+    belong to whoever launches in order, such as one call.
+
+    Args:
+        device (`torch.device`):
+            Where the kernel runs.
+
+    Returns:
+        `torch.IntTensor` of shape `(tiles,)`, for all tiles that [`default_num_splits`] would split.
+    """
+    return torch.zeros(PROGRAMS // 2, dtype=torch.int32, device=device)
+
+
+def merges_inside(query: torch.Tensor, key: torch.Tensor, num_splits: int, arrivals: torch.Tensor | None) -> bool:
+    """Returns whether [`tree_attention`] merges splits as it computes them: few, and with a counter for each tile."""
+    if arrivals is None or key.shape[0] * key.shape[1] * _tiles(query, key) > len(arrivals):
+        return False
+    return 1 < num_splits <= splits_inside(_config_of(query, key)["BLOCK_M"], query.shape[3])
 
 
 def tree_attention_reference(
@@ -306,6 +312,7 @@ def tree_attention(
     scaling: float,
     num_splits: int,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Attention of the tree nodes to the prefix and to their ancestors, softmax in fp32.
@@ -330,6 +337,8 @@ def tree_attention(
         new (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             Keys and values of the nodes, `(batch, kv_heads, nodes, head_dim)`, to be written to their slots of `key`
             and `value`, which need a contiguous `head_dim`; by default they are there already.
+        arrivals (`torch.IntTensor`, *optional*):
+            Of [`new_arrivals`]: with it few splits are merged in the same launch, otherwise in one of its own.
 
     Returns:
         `torch.Tensor` of shape `(batch, nodes, heads, head_dim)`, the layout transformers expects. Rows that see
@@ -356,17 +365,15 @@ def tree_attention(
     if num_splits > 1:
         partial = query.new_empty(batch * kv_heads, num_splits, nodes * group, head_dim, dtype=torch.float32)
         lse = query.new_empty(batch * kv_heads, num_splits, nodes * group, dtype=torch.float32)
-    _tree_attention_kernel[(batch * kv_heads, -(-nodes * group // config["BLOCK_M"]), num_splits)](
+    merge = merges_inside(query, key, num_splits, arrivals)
+    _tree_attention_kernel[(batch * kv_heads, _tiles(query, key), num_splits)](
         query, key, value, new_key, new_value, words, prefix_length.contiguous(), kv_start.contiguous(),
-        partial, lse, output, scaling * math.log2(math.e),
+        partial, lse, output if arrivals is None else arrivals, output, scaling * math.log2(math.e),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *new_key.stride()[:3], *new_value.stride()[:3],
         *words.stride()[:2], nodes, kv_heads,
-        GROUP=group, DIM=head_dim, SPLITS=num_splits, APPEND=new is not None, UPCAST=not query.is_cuda, **config,
+        GROUP=group, DIM=head_dim, SPLITS=num_splits, MERGE=merge, APPEND=new is not None, UPCAST=not query.is_cuda,
+        **config,
     )  # fmt: skip
-    if num_splits > 1:
-        splits_block, block_m = merge_tile(num_splits, head_dim)
-        _merge_kernel[(batch * kv_heads, -(-nodes * group // block_m))](
-            partial, lse, output, nodes, kv_heads, num_splits,
-            GROUP=group, DIM=head_dim, SPLITS_BLOCK=splits_block, BLOCK_M=block_m, num_warps=4,
-        )  # fmt: skip
+    if num_splits > 1 and not merge:
+        merge_splits(partial, lse, output)
     return output

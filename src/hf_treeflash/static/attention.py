@@ -13,7 +13,7 @@ from ..attention import (
 )
 from ..block_rule import block_rules, seen_by_block
 from ..kernel_attention import fits_kernel, kernel_attention
-from ..kernels import Tree, dense_tree_mask, pack_ancestor_words
+from ..kernels import Tree, dense_tree_mask, new_arrivals, pack_ancestor_words
 
 
 class KernelAttention:
@@ -38,6 +38,7 @@ class KernelAttention:
         self.model, self.starts = model, starts
         self.config, self.dtype = model.config.get_text_config(decoder=True), attention_dtype(model)
         self.by_kernel = fits_kernel(model, shapes, starts)
+        self.arrivals = new_arrivals(starts.device)  # recorded graphs go on using them
 
     @property
     def spanless(self) -> bool:
@@ -53,6 +54,15 @@ class KernelAttention:
             return
         with kernel_attention(self.config):
             yield
+
+    def kernel_arguments(self, words: torch.Tensor | dict[str, torch.Tensor], lengths: torch.Tensor) -> dict:
+        """Return the keyword arguments of a pass through the kernel, see [`tree_attention_forward`]."""
+        return {
+            "attention_mask": words,
+            "tree_prefix": lengths,
+            "tree_start": self.starts,
+            "tree_arrivals": self.arrivals,
+        }
 
 
 class TreeAttention(KernelAttention):
@@ -70,8 +80,7 @@ class TreeAttention(KernelAttention):
                 Slots the layers hand to their attention.
         """
         if self.by_kernel:
-            words = tree.ancestor_words[:, None]
-            return {"attention_mask": words, "tree_prefix": lengths, "tree_start": self.starts}
+            return self.kernel_arguments(tree.ancestor_words[:, None], lengths)
         masks = {
             kind: additive_mask(dense_tree_mask(tree.ancestor_words, lengths, self.starts, span, window), self.dtype)
             for kind, window in attention_windows(self.config).items()
@@ -105,9 +114,9 @@ class BlockAttention(KernelAttention):
             dtype (`torch.dtype`):
                 Of masks.
         """
-        if not self.by_kernel:
-            return {"attention_mask": block_masks(self.config, self.starts, lengths, span, dtype)}
-        return {"attention_mask": self.words, "tree_prefix": lengths, "tree_start": self.starts}
+        if self.by_kernel:
+            return self.kernel_arguments(self.words, lengths)
+        return {"attention_mask": block_masks(self.config, self.starts, lengths, span, dtype)}
 
 
 def block_masks(config, starts, lengths, span: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -120,7 +120,8 @@ class Launcher:
         if self.compiled and not self.steps_compiled:
             # The first round runs as it is: transformers installs hooks in it, which compilation cannot trace.
             self.round.run(span)
-            self._compile_steps()
+            self.round.steps = self.round.steps.compiled(self.options)
+            self.steps_compiled = True
             return
         if self.graphs is None:
             self._run(span)
@@ -129,11 +130,6 @@ class Launcher:
                 self.graphs[span] = self._record(span)
             self.graphs[span].replay()
         self.seen.add(span)
-
-    def _compile_steps(self) -> None:
-        self.round.draft_step = torch.compile(self.round.draft_step, **self.options)
-        self.round.target_step = torch.compile(self.round.target_step, **self.options)
-        self.steps_compiled = True
 
     def _run(self, span: int) -> None:
         compiles = self.compiled and span not in self.seen

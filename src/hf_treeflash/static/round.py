@@ -1,18 +1,17 @@
 """One round as a function of device tensors: no host synchronisation, no shape that depends on a value."""
 
 import torch
-from torch.nn import functional as F
 from transformers import Cache
 
 from ..attention import masked_attention
 from ..candidate_generator import TreeFlashCandidateGenerator
-from ..compat import CACHE
 from ..context import Context
 from ..kernels import Tree, accept, build_tree
 from ..logits_process import TreeLogitsProcessor
 from .attention import BlockAttention, TreeAttention
 from .cache import StaticTreeCache
 from .sampling import choose, noise_of, without_waits
+from .steps import Steps
 
 
 class StaticRound:
@@ -68,9 +67,10 @@ class StaticRound:
         own_shapes = [(config.num_key_value_heads, config.head_dim, config.head_dim)] * config.num_hidden_layers
         self.drafter_cache = StaticTreeCache(own_shapes, batch, capacity, generator.dtype, self.device)
 
-        integers = torch.zeros(7, batch, dtype=torch.long, device=self.device)
-        self.lengths, self.anchors, self.pending_counts = integers[:3].unbind()  # change from round to round
-        self.first, self.starts, self.offsets, self.limits = integers[3:].unbind()  # of one text
+        # Each in memory of its own: what is compiled writes in place only where nothing else may be meant.
+        integers = [torch.zeros(batch, dtype=torch.long, device=self.device) for _ in range(7)]
+        self.lengths, self.anchors, self.pending_counts = integers[:3]  # change from round to round
+        self.first, self.starts, self.offsets, self.limits = integers[3:]  # of one text
         width = len(config.target_layer_ids) * config.hidden_size
         self.pending = torch.zeros(batch, self.longest, width, dtype=target.dtype, device=self.device)
         self.active = torch.zeros(batch, dtype=torch.bool, device=self.device)
@@ -119,8 +119,8 @@ class StaticRound:
         self.attention.by_kernel = self.block_attention.by_kernel = False
 
     def steps_uncompiled(self) -> None:
-        """Run both models as they are."""
-        self.draft_step, self.target_step = draft_step, target_step
+        """Run everything as it is."""
+        self.steps = Steps()
 
     @torch.no_grad()
     def start(
@@ -183,91 +183,59 @@ class StaticRound:
 
     def draft(self, span: int) -> Tree:
         """Read the states of the last path and draft the next trees."""
-        columns = torch.arange(self.longest, device=self.device)
-        context = (self.lengths - self.pending_counts)[:, None] + columns
-        block = self.lengths[:, None] + columns[: self.block]
-        # A path shorter than the longest leaves filler, which goes behind the block, where no mask shows it.
-        filler = columns >= self.pending_counts[:, None]
-        self.drafter_cache.place(torch.cat([context + self.block * filler, block], dim=1), span)
+        slots, positions = self.steps.place_block(
+            self.lengths, self.pending_counts, self.offsets, self.longest, self.block
+        )
+        self.drafter_cache.place(slots, span)
         with self.block_attention.chosen():
-            transitions = self.draft_step(
+            transitions = self.steps.draft(
                 self.drafter,
                 self.anchors,
                 self.pending.to(self.generator.dtype),
                 self._embed,
                 self.generator.draft_head,
-                position_ids=torch.cat([context, block], dim=1) + self.offsets[:, None],
+                position_ids=positions,
                 cache=self.drafter_cache,
                 knobs=self.knobs,
-                draw_noise=self.draw_noise(columns[: self.longest - 1]),
+                draw_noise=self.draw_noise(),
                 **self.block_attention.arguments(self.lengths, span, self.generator.dtype),
             )
         tables = transitions.token_ids, transitions.log_probs, transitions.next_row
-        tree = build_tree(*tables, self.knobs.tree_budget)
-        return tree._replace(token_ids=torch.cat([self.anchors[:, None], tree.token_ids[:, 1:]], dim=1))
+        return build_tree(*tables, self.knobs.tree_budget)
 
-    def draw_noise(self, depths: torch.Tensor) -> torch.Tensor | None:
-        """Return what the draws after nodes of some depths add to logits, of shape `(batch, depths, vocab)`."""
+    def draw_noise(self) -> torch.Tensor | None:
+        """Return what the draws at all depths add to logits, of shape `(batch, longest - 1, vocab)`."""
         if self.noise is None:
             return None
+        depths = torch.arange(self.longest - 1, device=self.device)
         tokens = (self.lengths - self.first)[:, None] + depths  # (batch, depths)
         return noise_of(self.noise, tokens).log_().mul_(-self.temperature)
 
     def verify(self, tree: Tree, span: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the target over the trees; return its choice after every node, and its states for the drafter."""
-        slots = self.lengths[:, None] + torch.arange(tree.token_ids.shape[1], device=self.device)
+        rows = self.anchors, self.lengths, self.limits, self.offsets, self.first
+        token_ids, slots, positions, draws = self.steps.place_tree(tree.token_ids, tree.depths, *rows)
         self.target_cache.place(slots, span)
-        # No position that the text cannot reach: some targets know only so many.
-        depths = self.lengths[:, None] + tree.depths
-        positions = depths.minimum(self.limits[:, None] - 1) + self.offsets[:, None]
         with self.attention.chosen():
-            logits, states = self.target_step(
+            logits, states = self.steps.verify(
                 self.target,
                 self.drafter.config.target_layer_ids,
-                tree.token_ids,
+                token_ids,
                 positions,
                 self.target_cache,
                 self.attention.arguments(tree, self.lengths, span),
             )
-        return choose(logits, self.processors, self.noise, depths - self.first[:, None]), states
+        return choose(logits, self.processors, self.noise, draws), states
 
     def commit(self, tree: Tree, choices: torch.Tensor, states: torch.Tensor) -> None:
         """Walk along the choices, keep the path and its states, and say which tokens were emitted."""
         path, counts, _ = accept(tree.token_ids, tree.parents, tree.ancestor_words, tree.num_nodes, choices)
         path = path[:, : self.longest]
         self.target_cache.commit(path, counts, self.lengths)
-        nodes = F.pad(path.clamp(min=0), (0, self.longest - path.shape[1]))
-        tokens = choices.gather(1, nodes)
-        newest = tokens.gather(1, counts[:, None] - 1)[:, 0]
-        counts = counts * self.active
-        self.anchors.copy_(torch.where(self.active, newest, self.anchors))
-        self.pending.copy_(states.gather(1, nodes[..., None].expand(-1, -1, states.shape[-1])))
-        self.pending_counts.copy_(counts)
-        self.lengths.add_(counts)
-        self.active.logical_and_(self.lengths < self.limits)
-        self.emitted.copy_(torch.cat([tokens, counts[:, None]], dim=1))
+        self.steps.follow(path, counts, choices, states, self.limits, *self.state)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.generator.target_embed(token_ids).to(self.generator.dtype)
-
-
-def draft_step(drafter, *args, **kwargs):
-    """Run the drafter; see [`TreeFlashDraftModel.draft`]."""
-    return drafter.draft(*args, **kwargs)
-
-
-def target_step(target, layer_ids: list[int], token_ids, position_ids, cache: Cache, attention: dict):
-    """Run the target over the nodes of trees; return its logits and its states at some layers, concatenated."""
-    outputs = target(
-        input_ids=token_ids,
-        position_ids=position_ids,
-        use_cache=True,
-        output_hidden_states=True,
-        return_dict=True,
-        **{CACHE: cache},
-        **attention,
-    )
-    return outputs.logits, torch.cat([outputs.hidden_states[layer + 1] for layer in layer_ids], dim=-1)
 
 
 __all__ = ["StaticRound"]
