@@ -174,7 +174,7 @@ def test_kernels_know_torch_triton_and_the_attention_registry_only():
 
 def test_optional_libraries_load_when_used():
     for path in PACKAGE.rglob("*.py"):
-        if path.stem in {"demo", "plots"} or path.parent.name == "cli":
+        if path.stem in {"demo", "plots", "progress"} or path.parent.name == "cli":
             continue
         heavy = {module.split(".")[0] for level, module in imports(path, top_level_only=True) if level == 0} & OPTIONAL
         assert not heavy, f"{path.relative_to(PACKAGE)} imports {heavy} when it is imported"
