@@ -8,13 +8,14 @@ takes the file, too.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from hf_treeflash.bench.arms import all_arms
+from hf_treeflash.bench.arms import Arm, all_arms, prompt_lookup
 from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.models import smollm2
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
@@ -39,6 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1, help="0 for tokens per pass alone")
+    parser.add_argument("--dtype", help="of both models; float32 on a CPU by default")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args(argv)
@@ -54,6 +56,11 @@ def by_kind(file: Path, limit: int | None) -> dict[str, list[str]]:
 
 def key(result: dict[str, Any]) -> list:
     return [result["kind"], result["sampling"], result["settings"]["batch_size"]]
+
+
+def with_lookup(arm: Arm) -> Arm:
+    """Return an arm whose trees are also grafted with what the text has said before."""
+    return dataclasses.replace(arm, name=f"{arm.name}, lookup", options={**arm.options, **prompt_lookup().options})
 
 
 def known(results: list[dict[str, Any]], kind: str, sampling: str, prompts: int, options: dict[str, Any]) -> bool:
@@ -96,7 +103,8 @@ def tables(results: list[dict[str, Any]]) -> str:
             arms = [result["arms"][index] for result in group]
             cells = [cell(arm["tau"], arm["speedup"] and arm["speedup"]["median"]) for arm in arms]
             promised = all(arm["promises_text"] for arm in arms)
-            same = "yes" if whole["identical"] else "no" if promised else "other draws"
+            same = f"{count - sum(len(arm['differences']) for arm in arms)} of {count}" if promised else "other draws"
+            same = "yes" if whole["identical"] else same
             lines.append([whole["name"], *cells, cell(whole["tau"], whole["speedup"]), same])
         text.append(
             f"{sampling}, batch {batch}, {count} prompts, {group[0]['settings']['max_new_tokens']} tokens each\n"
@@ -141,10 +149,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Compare, write, and print the tables."""
     args = parse(argv)
-    target, tokenizer, drafter = load_pair(args.target or str(smollm2()), args.drafter)
+    target, tokenizer, drafter = load_pair(args.target or str(smollm2()), args.drafter, dtype=args.dtype)
     budgets = [budget if budget == "auto" else int(budget) for budget in args.tree_budgets]
-    kept = ("plain", *(args.arms or [""]))
     listed = all_arms(drafter, budgets, [drafter.generation_config.num_candidates])
+    listed += [with_lookup(arm) for arm in listed if arm.name.startswith("TreeFlash")]
+    kept = ("plain", *(args.arms or [""]))
     arms = [arm for arm in listed if arm.name.startswith(kept)]
     record: dict[str, Any] = {**describe_pair(target, tokenizer, drafter), "results": []}
     if args.json.exists():
