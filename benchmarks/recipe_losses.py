@@ -15,6 +15,7 @@ from hf_treeflash.training.loss_vocabulary import LossVocabulary, StepVocabulary
 from hf_treeflash.training.losses import RowScores, score_rows, slot_weights, weighted_mean
 
 RECIPES = ("paper", "own drafts", "reach by slot", "reach by block", "second order")
+OWN = "the drafter's own"
 CHUNK_ROWS = 256
 
 
@@ -67,7 +68,7 @@ class Comparison:
         target ([`PreTrainedModel`]), drafter ([`TreeFlashDraftModel`]):
             The pair.
         args (`argparse.Namespace`):
-            With `rates`, `decay` and `rank`.
+            With `rates`, `decay`, `rank` and `start`.
     """
 
     def __init__(self, target, drafter, args: argparse.Namespace):
@@ -79,28 +80,35 @@ class Comparison:
         vocabulary = StepVocabulary(self.tokens, torch.zeros(len(self.tokens)))
         self.lm_head = output_layer_of(target, drafter, vocabulary)
         self.teacher_head = output_layer_of(target, None, vocabulary)
-        self.heads = {f"{name} @ {rate}": self._new_head(name, args.rank) for rate in args.rates for name in RECIPES}
+        self.heads = {f"{name} @ {rate}": self._new_head(name, args) for rate in args.rates for name in RECIPES}
 
-    def _new_head(self, name: str, rank: int) -> nn.Module:
+    def _new_head(self, name: str, args: argparse.Namespace) -> nn.Module:
         torch.manual_seed(0)  # what the heads share starts the same
-        head = SecondOrderHead(self.drafter.config, rank) if name == "second order" else ARHead(self.drafter.config)
+        head = (
+            SecondOrderHead(self.drafter.config, args.rank) if name == "second order" else ARHead(self.drafter.config)
+        )
         torch.manual_seed(0)
-        return head.apply(self.drafter._init_weights)
+        head.apply(self.drafter._init_weights)
+        if args.start == "own":
+            head.load_state_dict(self.drafter.ar_head.state_dict(), strict=False)
+        return head
 
     def losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return every head's loss on a batch, in nats per unit of slot weight."""
         done = frozen_pass(self.drafter, self.target, batch)
-        scores = self.scores(done, feeds_drafts=True)
+        scores = self.scores(done, self.heads, feeds_drafts=True)
         return {name: self._loss(name, done, own) for name, own in scores.items()}
 
-    def scores(self, done: FrozenPass, feeds_drafts: bool = False) -> dict[str, RowScores]:
-        """Score every head on the supervised slots of a pass, one head beside the other."""
-        states = torch.stack([self._states(name, head, done, feeds_drafts) for name, head in self.heads.items()])
+    def scores(
+        self, done: FrozenPass, heads: dict[str, nn.Module], feeds_drafts: bool = False
+    ) -> dict[str, RowScores]:
+        """Score heads on the supervised slots of a pass, one beside the other."""
+        states = torch.stack([self._states(name, head, done, feeds_drafts) for name, head in heads.items()])
         scores = score_rows(
             self.lm_head, states, self.columns[done.blocks.labels].clamp(min=0), done.blocks.teacher_states,
             teacher_head=self.teacher_head, num_candidates=2, chunk_rows=CHUNK_ROWS,
         )  # fmt: skip
-        return {name: RowScores(*(part[i] for part in scores)) for i, name in enumerate(self.heads)}
+        return {name: RowScores(*(part[i] for part in scores)) for i, name in enumerate(heads)}
 
     def _states(self, name: str, head: nn.Module, done: FrozenPass, feeds_drafts: bool) -> torch.Tensor:
         ids = done.ids
@@ -142,10 +150,13 @@ class Comparison:
 
     @torch.no_grad()
     def held_out(self, batch: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-        """Return of every head, with true previous tokens: the paper's loss, and tokens per pass of a single chain."""
+        """Return of every head, with true previous tokens: the paper's loss, and tokens per pass of a chain.
+
+        The drafter's own head is among them.
+        """
         done, table = frozen_pass(self.drafter, self.target, batch), {}
         weights = slot_weights(done.blocks.depths, self.decay) * self.known(done)
-        for name, scores in self.scores(done).items():
+        for name, scores in self.scores(done, {**self.heads, OWN: self.drafter.ar_head}).items():
             right = by_block(scores.correct & self.known(done), done.rows)
             chain = 1 + right.cumprod(dim=1).sum() / len(right)
             table[name] = {

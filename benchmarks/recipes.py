@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/recipes.py --samples answers.jsonl --json recipes.json
 
 Samples are lines of `{"input_ids", "prompt_length"}`, as `regenerate` writes them: the target's answers to prompts
-that the backbone was not trained on. Heads start from zero and train side by side on the same batches, the backbone
-frozen; the loss is the forward KL to the target over the draft vocabulary. The recipes:
+that the backbone was not trained on. Heads start from the drafter's own head, or from zero, and train side by side on
+the same batches, the backbone frozen; the loss is the forward KL to the target over the draft vocabulary. The recipes:
 
 * paper: true previous tokens, slot k weighs `exp(-(k - 1) / decay)`.
 * own drafts: in half of the blocks the previous token is what the head itself finds likeliest at the slot before,
@@ -15,9 +15,9 @@ frozen; the loss is the forward KL to the target over the draft vocabulary. The 
 * reach by block: a slot counts as long as every token before it was among the head's two likeliest in its own block.
 * second order: the token before the previous one goes in, too, through a factor of low rank that starts at zero.
 
-The backbone was trained jointly with a head of the paper's recipe, which favours that one. A second-order head has no
-tables of rows; it is measured with a row of its own for every node, of the same shortlists. An interrupted run goes
-on where it stopped.
+The drafter was trained with the paper's recipe, backbone and head together, which favours that one. A second-order
+head has no tables of rows; it is measured with a row of its own for every node, of the same shortlists. An interrupted
+run goes on where it stopped.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from kinds import by_kind
 from path_heads import drafting_along_paths
-from recipe_losses import Comparison, SecondOrderHead
+from recipe_losses import OWN, Comparison, SecondOrderHead
 from side_by_side import against, best_rates, counts, mean_of_last, ratio, train
 from torch import nn
 
@@ -57,7 +57,7 @@ def measure(target, drafter, heads: dict[str, nn.Module], prompts: list[list[int
     """Return tokens per pass of every head at each budget; finished counts are kept."""
     file = args.work / "counts.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    arms = {**heads, "marginal": None, "the drafter's own": drafter.ar_head}
+    arms = {**heads, OWN: drafter.ar_head, "marginal": None}
     table: dict[str, dict] = {name: {} for name in arms}
     for budget, candidates in TREES.items():
         for name, head in arms.items():
@@ -87,6 +87,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--anchors", type=int, default=24, help="blocks per sequence and step")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
+    parser.add_argument(
+        "--start", choices=("own", "zero"), default="own", help="all heads from the drafter's, or none"
+    )
     parser.add_argument("--decay", type=float, default=4.5, help="of the paper's weights, in slots")
     parser.add_argument("--rank", type=int, default=64, help="of the second-order factor")
     parser.add_argument("--held-out", type=int, default=10, help="prompts kept from training")
@@ -103,6 +106,15 @@ def split(samples: list[dict], prompts: int) -> tuple[list[dict], list[dict]]:
     for sample, prompt in zip(samples, by_prompt, strict=True):
         parts[prompt in kept].append(sample)
     return parts
+
+
+def how_made(file: Path) -> dict | None:
+    """Return how answers were drawn, as `regenerate` noted it beside them."""
+    record = file.with_name(file.name + ".provenance.json")
+    if not record.exists():
+        return None
+    made = json.loads(record.read_text(encoding="utf-8"))
+    return {key: made[key] for key in ("generate", "batch_size", "seed", "prompts") if key in made}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -133,18 +145,20 @@ def main(argv: list[str] | None = None) -> dict:
         **describe_pair(target, tokenizer, drafter),
         "environment": environment(target),
         "data": {
+            "made": [how_made(file) for file in args.samples],
             "samples": len(training),
             "response tokens": sum(len(s["input_ids"]) - s["prompt_length"] for s in training),
-            "held-out samples": len(held_out),
+            "samples kept from training": len(held_out),
             "held-out prompts for tokens per pass": len(prompts),
             "tokens each": args.eval_tokens,
         },
         "training": {
             "steps": args.steps, "batch": args.batch_size, "blocks per sequence": args.anchors,
+            "heads start from": args.start,
             "seconds": round(record["seconds"]), "decay": args.decay, "rank": args.rank,
         },
-        "own loss over the last 50 steps": {name: round(mean_of_last(record, name, 50), 4) for name in unseen},
-        "held-out samples, the paper's weights": unseen,
+        "own loss over the last 50 steps": {n: round(mean_of_last(record, n, 50), 4) for n in record["losses"][0]},
+        "samples kept from training, the paper's loss and a chain's tokens per pass": unseen,
         "heads": measure(target, drafter, heads, prompts, args),
     }  # fmt: skip
     args.json.parent.mkdir(parents=True, exist_ok=True)

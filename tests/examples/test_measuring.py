@@ -317,7 +317,8 @@ def test_recipes_train_side_by_side_and_go_on(places, tmp_path):
     assert list(result["heads"])[:5] == ["paper", "own drafts", "reach by slot", "reach by block", "second order"]
     assert all(arm[size]["tau"] >= 1 for arm in result["heads"].values() for size in ("B16", "B64"))
     assert result["heads"]["paper"]["B16"]["percent above paper, 95 % interval"] == [0, 0, 0]
-    assert len(result["held-out samples, the paper's weights"]) == 10
+    kept = result["samples kept from training, the paper's loss and a chain's tokens per pass"]
+    assert len(kept) == 11 and all(own["chain"] >= 1 for own in kept.values())
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(result))
     again = recipes.main([*argv, "--steps", "2", "--rates", "0.001", "0.01"])  # trains and counts nothing anew
     assert again["heads"] == result["heads"] and again["training"] == result["training"]
@@ -332,7 +333,7 @@ def test_a_recipe_changes_what_it_says_and_no_more(places, tmp_path):
     batch = recipes.AnchorCollator(0, args.anchors)(samples)
     own, reach = sys.modules["recipe_losses"], {}
     done = own.frozen_pass(drafter, target, batch)
-    scores = compared.scores(done)
+    scores = compared.scores(done, compared.heads)
     for name in ("paper", "reach by slot", "reach by block"):
         reach[name] = own.by_block(compared.weights(name, done, scores[f"{name} @ 0.001"]), done.rows)
         assert (reach[name][:, 0] == done.rows[:, 0]).all()  # the first slot is always reached
@@ -348,8 +349,7 @@ def test_a_second_order_head_that_reads_nothing_older_drafts_as_the_default_head
     args = recipes.parse([*recipe_options(places, tmp_path), "--rates", "0.001"])
     target, _, drafter = recipes.load_pair(args.target, args.drafter)
     compared = recipes.Comparison(target, drafter, args)
-    second = compared.heads["second order @ 0.001"].requires_grad_(False)
-    second.load_state_dict(drafter.ar_head.state_dict(), strict=False)
+    second = compared.heads["second order @ 0.001"].requires_grad_(False)  # starts from the drafter's head
     knobs = {"tree_budget": 12, "num_candidates": 3, "branching": 4}
     prompts = [[5, 9, 12, 7], [4, 4, 8, 11]]
     taken = [
