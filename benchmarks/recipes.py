@@ -58,21 +58,25 @@ def measure(target, drafter, heads: dict[str, nn.Module], prompts: list[list[int
     file = args.work / "counts.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     arms = {**heads, OWN: drafter.ar_head, "marginal": None}
-    table: dict[str, dict] = {name: {} for name in arms}
-    for budget, candidates in TREES.items():
-        for name, head in arms.items():
-            key = f"{name} B{budget}"
-            if key not in known:
+    for name, head in arms.items():
+        for budget, candidates in TREES.items():
+            if f"{name} B{budget}" not in known:
                 knobs = {"num_candidates": candidates, "branching": 16, "tree_budget": budget}
                 view = with_knobs(drafter_with(drafter, head), **knobs)
-                known[key] = [counts(target, view, [prompt], args.eval_tokens)[0] for prompt in prompts]
-                print(key, round(ratio(known[key]), 3), flush=True)
+                own = [counts(target, view, [prompt], args.eval_tokens)[0] for prompt in prompts]
+                print(name, budget, round(ratio(own), 3), flush=True)
+                known[f"{name} B{budget}"] = own
                 file.write_text(json.dumps(known))
-            table[name][f"B{budget}"] = {
-                "tau": round(ratio(known[key]), 3),
-                "percent above paper, 95 % interval": against(known[key], known[f"paper B{budget}"]),
+    return {
+        name: {
+            f"B{budget}": {
+                "tau": round(ratio(known[f"{name} B{budget}"]), 3),
+                "percent above paper, 95 % interval": against(known[f"{name} B{budget}"], known[f"paper B{budget}"]),
             }
-    return table
+            for budget in TREES
+        }
+        for name in arms
+    }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
