@@ -29,7 +29,7 @@ from pathlib import Path
 
 from kinds import by_kind
 from path_heads import drafting_along_paths
-from recipe_losses import OWN, Comparison, SecondOrderHead
+from recipe_losses import OWN, RECIPES, Comparison, SecondOrderHead
 from side_by_side import against, best_rates, counts, mean_of_last, ratio, train
 from torch import nn
 
@@ -43,13 +43,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TREES = {16: 8, 64: 16}  # nodes, and candidates per slot
 
 
-def drafter_with(backbone, head: nn.Module | None):
+def drafter_with(backbone, head: nn.Module):
     """Return a view of the backbone that drafts with a head."""
     view = without_head(backbone)
     if isinstance(head, SecondOrderHead):
         return drafting_along_paths(view, head.steps_of(backbone.norm))
-    if head is not None:
-        view._modules["ar_head"], view.config.ar_head = head, "swiglu"
+    view._modules["ar_head"], view.config.ar_head = head, "swiglu"
     return view
 
 
@@ -57,7 +56,7 @@ def measure(target, drafter, heads: dict[str, nn.Module], prompts: list[list[int
     """Return tokens per pass of every head at each budget; finished counts are kept."""
     file = args.work / "counts.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    arms = {**heads, OWN: drafter.ar_head, "marginal": None}
+    arms = {name: head for name, head in {**heads, OWN: drafter.ar_head}.items() if name in args.arms}
     for name, head in arms.items():
         for budget, candidates in TREES.items():
             if f"{name} B{budget}" not in known:
@@ -97,6 +96,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--decay", type=float, default=4.5, help="of the paper's weights, in slots")
     parser.add_argument("--rank", type=int, default=64, help="of the second-order factor")
     parser.add_argument("--held-out", type=int, default=10, help="prompts kept from training")
+    parser.add_argument(
+        "--arms", nargs="+", default=[*RECIPES, OWN], help="those to count tokens per pass of; paper is one"
+    )
     parser.add_argument("--per-kind", type=int, default=5, help="prompts of each kind for tokens per pass")
     parser.add_argument("--eval-tokens", type=int, default=48)
     return parser.parse_args(argv)
