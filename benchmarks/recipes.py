@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict:
         "training": {
             "steps": args.steps, "batch": args.batch_size, "blocks per sequence": args.anchors,
             "heads start from": args.start,
-            "seconds": round(record["seconds"]), "decay": args.decay, "rank": args.rank,
+            "wall seconds": round(record["seconds"]), "decay": args.decay, "rank": args.rank,
         },
         "own loss over the last 50 steps": {n: round(mean_of_last(record, n, 50), 4) for n in record["losses"][0]},
         "samples kept from training, the paper's loss and a chain's tokens per pass": unseen,
