@@ -12,7 +12,6 @@ every node. An interrupted run goes on where it stopped. `--times` adds the time
 import argparse
 import copy
 import json
-import math
 import random
 import shlex
 import statistics
@@ -31,12 +30,12 @@ from hf_treeflash.bench.compare import environment
 from hf_treeflash.bench.pairs import with_knobs, without_head
 from hf_treeflash.modeling_treeflash import HEADS
 from hf_treeflash.training import AnchorCollator, regenerate
-from hf_treeflash.training.blocks import embedding_of, make_blocks, output_layer_of
+from hf_treeflash.training.blocks import embedding_of, output_layer_of
 from hf_treeflash.training.losses import slot_weights, weighted_mean
-from hf_treeflash.training.responses import left_padded
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
-from path_heads import DominoHead, RecurrentMarkovHead, added_along, drafting_along_paths
+from path_heads import DominoHead, RecurrentMarkovHead, added_along, drafting_along_paths, steps_of_state
+from side_by_side import against, best_rates, counts, frozen_pass, mean_of_last, ratio, train
 from train_tiny_pair import function_prompts
 from train_tiny_target import standard_library
 
@@ -87,16 +86,10 @@ def make_heads(drafter, target) -> dict[str, nn.Module]:
 def head_losses(drafter, target, heads: dict[str, nn.Module], batch: dict) -> dict[str, torch.Tensor]:
     """Return every head's loss on one batch, in nats per unit of slot weight, and the marginals' own."""
     lm_head = output_layer_of(target, drafter)
+    blocks, ids, hidden, normed, rows = frozen_pass(drafter, target, batch)
+    embeds, weights = embedding_of(target, drafter)(ids), slot_weights(blocks.depths, 5.5)
     with torch.no_grad():
-        blocks = make_blocks(drafter, target, batch, with_head=True)
-        ids = blocks.inputs.pop("previous_ids")
-        hidden = drafter.backbone(cache=None, **blocks.inputs)
         teacher = output_layer_of(target)(blocks.teacher_states).log_softmax(-1)
-    size, first = drafter.config.block_size, drafter.config.first_slot
-    ids = ids.view(-1, size)[:, first:]  # (blocks, depth)
-    hidden = hidden.view(-1, size, hidden.shape[-1])[:, first:]  # (blocks, depth, hidden_size)
-    normed, embeds = drafter.norm(hidden), embedding_of(target, drafter)(ids)
-    rows, weights = blocks.supervised.flatten(0, 1), slot_weights(blocks.depths, 5.5)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
         divergence = F.kl_div(logits.log_softmax(-1), teacher, reduction="none", log_target=True).sum(-1)
@@ -114,92 +107,17 @@ def head_losses(drafter, target, heads: dict[str, nn.Module], batch: dict) -> di
     return losses
 
 
-def train(drafter, target, samples: list[dict], args) -> tuple[dict[str, nn.Module], dict]:
-    """Train all heads, or go on from the last checkpoint; return them and the record of their losses."""
-    heads, file = make_heads(drafter, target), args.work / "heads.pt"
-    groups = [{"params": list(head.parameters()), "lr": float(name.split("@")[1])} for name, head in heads.items()]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-    )
-    record: dict = {"step": 0, "seconds": 0.0, "losses": []}
-    if file.exists():
-        stored = torch.load(file, weights_only=True)
-        for name, head in heads.items():
-            head.load_state_dict(stored["heads"][name])
-        optimizer.load_state_dict(stored["optimizer"])
-        schedule.load_state_dict(stored["schedule"])
-        record = stored["record"]
-    per_epoch = len(samples) // args.batch_size
-    for step in range(record["step"], args.steps):
-        started = time.perf_counter()
-        collator = AnchorCollator(0, args.anchors, seed=step // per_epoch)
-        order = random.Random(step // per_epoch).sample(range(len(samples)), len(samples))
-        at = step % per_epoch * args.batch_size
-        losses = head_losses(drafter, target, heads, collator([samples[i] for i in order[at : at + args.batch_size]]))
-        optimizer.zero_grad()
-        torch.stack([loss for name, loss in losses.items() if name != "marginal"]).sum().backward()
-        optimizer.step()
-        schedule.step()
-        record["losses"].append({name: loss.item() for name, loss in losses.items()})
-        record["seconds"] += time.perf_counter() - started
-        record["step"] = step + 1
-        if (step + 1) % 25 == 0:
-            last = {name: round(mean_of_last(record, name, 25), 3) for name in losses}
-            print(step + 1, round(record["seconds"]), last, flush=True)
-            states = {name: head.state_dict() for name, head in heads.items()}
-            parts = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "record": record}
-            torch.save({"heads": states, **parts}, file)
-    return heads, record
-
-
-def mean_of_last(record: dict, name: str, steps: int) -> float:
-    """Return the mean loss of a head over the last steps."""
-    return statistics.fmean(losses[name] for losses in record["losses"][-steps:])
-
-
 def drafter_with(backbone, name: str, head: nn.Module | None):
     """Return a view of the backbone that drafts with a head."""
     view = without_head(backbone)
     if head is None:
         return view
     if hasattr(head, "step"):
-        return drafting_along_paths(view, head)
+        return drafting_along_paths(view, steps_of_state(head))
     for field, value in CONFIGS[name].items():
         setattr(view.config, field, value)
     view._modules["ar_head"] = head
     return view
-
-
-@torch.no_grad()
-def counts(target, drafter, prompts: list[list[int]], new_tokens: int) -> list[tuple[int, int]]:
-    """Return each prompt's emitted tokens and the verify passes that emitted them, greedily."""
-    output = target.generate(
-        **left_padded(prompts, 0, target.device),
-        assistant_model=drafter,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-    )
-    return [(sum(row), len(row)) for row in output.acceptance_lengths]
-
-
-def ratio(own: list) -> float:
-    """Return tokens per pass of counts of prompts."""
-    return sum(emitted for emitted, _ in own) / sum(passes for _, passes in own)
-
-
-def against(own: list, other: list, draws: int = 2000) -> list[float]:
-    """Return by how much one arm is above another, in percent, with the 95 % interval of a bootstrap over prompts."""
-    generator, gains = random.Random(0), []
-    for _ in range(draws):
-        chosen = generator.choices(range(len(own)), k=len(own))
-        gains.append(ratio([own[i] for i in chosen]) / ratio([other[i] for i in chosen]))
-    gains.sort()
-    middle = ratio(own) / ratio(other)
-    return [round(100 * (gain - 1), 1) for gain in (middle, gains[draws // 40], gains[-draws // 40])]
 
 
 def measure(target, backbone, heads: dict[str, nn.Module], prompts, args) -> dict:
@@ -264,11 +182,17 @@ def main(argv: list[str] | None = None) -> None:
         file = args.work / "responses.jsonl"
         options = {"batch_size": 64, "seed": 0, "max_new_tokens": 96, "do_sample": False}
         samples = regenerate(target, tokenizer, prompts[: args.prompts], file, **options)
-    trained, record = train(backbone, target, samples, args)
-    heads = {}
-    for name in dict.fromkeys(full.split(" @ ")[0] for full in trained):
-        best = min((f"{name} @ {rate}" for rate in RATES), key=lambda full: mean_of_last(record, full, 50))
-        heads[name] = trained[best].eval().requires_grad_(False)
+    trained = make_heads(backbone, target)
+    record = train(
+        trained,
+        lambda batch: head_losses(backbone, target, trained, batch),
+        samples,
+        lambda epoch: AnchorCollator(0, args.anchors, seed=epoch),
+        args.work / "heads.pt",
+        steps=args.steps,
+        batch_size=args.batch_size,
+    )
+    heads = best_rates(trained, {name: mean_of_last(record, name, 50) for name in trained})
     evaluation = function_prompts(tokenizer, held_out)
     random.Random(0).shuffle(evaluation)
     ids = [prompt.input_ids for prompt in evaluation[: args.eval_prompts]]

@@ -71,24 +71,31 @@ def added_along(head: nn.Module, previous_ids: torch.Tensor, normed: torch.Tenso
 
 
 class PathRows:
-    """The rows of a head with a state, each computed exactly when a tree reaches its node.
+    """The rows of a head that reads whole paths, each computed exactly when a tree reaches its node.
 
     Args:
-        head (`nn.Module`):
-            With `step`.
-        normed (`torch.Tensor` of shape `(batch, depth, hidden_size)`), marginals (`(batch, depth, vocab)`):
-            The block's states and logits.
+        step (`Callable`):
+            Given the state before a token, the token, the text and the depth index of the slot behind it, returns the
+            state behind the token and the slot's logits `(columns,)`.
+        start (`torch.Tensor`):
+            The state before an anchor.
         anchor_ids (`torch.LongTensor` of shape `(batch,)`):
             Newest committed tokens.
-        branching (`int`), temperature (`float`):
+        depth (`int`), branching (`int`), temperature (`float`):
             Of the draft.
+        target_ids (`Callable`, *optional*):
+            Gives the tokens behind columns.
+        shortlists (`list[list[set[int]]]`, *optional*):
+            By text and depth index, the tokens that have a row, as in a draft of tables; by default all have.
     """
 
-    def __init__(self, head, normed, marginals, anchor_ids, branching: int, temperature: float):
-        self.head, self.normed, self.marginals = head, normed, marginals
-        self.branching, self.temperature = branching, temperature
+    def __init__(
+        self, step: Callable, start, anchor_ids, depth: int, branching: int, temperature: float,
+        target_ids: Callable = lambda columns: columns, shortlists: list[list[set[int]]] | None = None,
+    ):  # fmt: skip
+        self.step, self.depth, self.branching, self.temperature = step, depth, branching, temperature
+        self.target_ids, self.shortlists = target_ids, shortlists
         # By text and number of a row: the state before its token, and the token.
-        start = normed.new_zeros(1, head.state_size)
         self.nodes = [[(start, anchor)] for anchor in anchor_ids.tolist()]
         self.known: dict[tuple[int, int, int], NextTokens] = {}
 
@@ -109,30 +116,62 @@ class PathRows:
         key = text, depth, row
         if key not in self.known:
             state, token = self.nodes[text][row]
-            state, added = self.head.step(state, torch.tensor([token]), self.normed[text, depth][None])
-            log_probs = ((self.marginals[text, depth] + added[0]) / self.temperature).log_softmax(-1)
-            best = log_probs.topk(self.branching)
-            tokens, first = best.indices.tolist(), len(self.nodes[text])
-            is_last = depth == self.normed.shape[1] - 1
+            state, logits = self.step(state, token, text, depth)
+            best = (logits / self.temperature).log_softmax(-1).topk(min(self.branching, len(logits)))
+            tokens, first = self.target_ids(best.indices).tolist(), len(self.nodes[text])
+            rows = dict.fromkeys(tokens, -1)
+            if depth < self.depth - 1:
+                rows = {token: first + i for i, token in enumerate(tokens) if self._has_row(text, depth, token)}
             self.nodes[text] += [(state, token) for token in tokens]
-            rows = dict.fromkeys(tokens, -1) if is_last else {token: first + i for i, token in enumerate(tokens)}
             self.known[key] = NextTokens(tokens, best.values.tolist(), rows)
         return self.known[key]
 
+    def _has_row(self, text: int, depth: int, token: int) -> bool:
+        return self.shortlists is None or token in self.shortlists[text][depth]
+
 
 @torch.no_grad()
-def draft_along_paths(drafter, head, anchor_ids, context, embed, lm_head, *, knobs, position_ids, cache, **kwargs):
-    """Draft as [`TreeFlashDraftModel.draft`] does, with a head of this file."""
+def draft_along_paths(drafter, steps_of, anchor_ids, context, embed, lm_head, *, knobs, position_ids, cache, **kwargs):
+    """Draft as [`TreeFlashDraftModel.draft`] does, with rows that `steps_of(hidden, normed, marginals, ...)` gives."""
     kwargs = {name: value for name, value in kwargs.items() if name not in ("draw_noise", "on_demand")}
     attention_mask = kwargs.pop("attention_mask", None)
     masks = anchor_ids.new_full((len(anchor_ids), drafter.config.block_size - 1), drafter.config.mask_token_id)
     noise = embed(torch.cat([anchor_ids[:, None], masks], dim=1))
     hidden = drafter.backbone(noise, context, position_ids, attention_mask, cache, **kwargs)
-    normed = drafter.norm(hidden[:, drafter.config.first_slot :])
-    return PathRows(head, normed, lm_head(normed), anchor_ids, knobs.branching, knobs.draft_temperature)
+    hidden = hidden[:, drafter.config.first_slot :]
+    normed = drafter.norm(hidden)
+    marginals = lm_head(normed)
+    step, start, has_shortlists = steps_of(hidden, normed, marginals, embed, lm_head)
+    shortlists = None
+    if has_shortlists:
+        best = drafter.target_ids(marginals.topk(min(knobs.num_candidates, marginals.shape[-1])).indices)
+        shortlists = [[set(slot) for slot in text] for text in best.tolist()]
+    branching, temperature = knobs.branching, knobs.draft_temperature
+    return PathRows(step, start, anchor_ids, hidden.shape[1], branching, temperature, drafter.target_ids, shortlists)
 
 
-def drafting_along_paths(drafter, head):
-    """Let a drafter without a head draft with one of this file."""
-    drafter.draft = functools.partial(draft_along_paths, drafter, head)
+def drafting_along_paths(drafter, steps_of: Callable):
+    """Let a drafter without a head draft along paths.
+
+    Args:
+        drafter ([`TreeFlashDraftModel`]):
+            A view of its own.
+        steps_of (`Callable`):
+            Takes a block's `hidden`, `normed`, `marginals`, `embed` and `lm_head`; returns the `step` and the `start`
+            of [`PathRows`], and whether only shortlisted tokens have rows.
+    """
+    drafter.draft = functools.partial(draft_along_paths, drafter, steps_of)
     return drafter
+
+
+def steps_of_state(head: nn.Module) -> Callable:
+    """Return how a head with a state of its own steps, see [`drafting_along_paths`]."""
+
+    def steps_of(hidden, normed, marginals, embed, lm_head):
+        def step(state, token, text, depth):
+            state, added = head.step(state, torch.tensor([token]), normed[text, depth][None])
+            return state, marginals[text, depth] + added[0]
+
+        return step, normed.new_zeros(1, head.state_size), False
+
+    return steps_of

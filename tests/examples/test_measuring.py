@@ -289,3 +289,76 @@ def test_lookup_counts_every_kind_of_prompts(places, tmp_path):
     script("benchmarks/lookup.py").main([*argv, "--max-new-tokens", "6", "--json", str(tmp_path / "out.json")])
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [(row["prompts"], row["count"]) for row in results] == [("copy-heavy", 1), ("ordinary", 2), ("random", 2)]
+
+
+def recipe_options(places, folder):
+    """Return options for two steps, and the samples they name: texts of the tiny target's tokens."""
+    samples, prompts = folder / "samples.jsonl", folder / "prompts.json"
+    rows = [
+        {"input_ids": [4 + (start * step) % 18 for step in range(20)], "prompt_length": 4} for start in range(1, 7)
+    ]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_text(json.dumps([{"kind": "chat", "prompt": "fghc"}, {"kind": "code", "prompt": "kjih"}]))
+    argv = [*options(places, "--target", "--drafter"), "--samples", str(samples), "--prompts", str(prompts)]
+    argv += [
+        "--work",
+        str(folder / "work"),
+        "--json",
+        str(folder / "out.json"),
+        "--batch-size",
+        "2",
+        "--held-out",
+        "1",
+    ]
+    return [*argv, "--anchors", "3", "--rank", "4", "--eval-tokens", "6"]
+
+
+def test_recipes_train_side_by_side_and_go_on(places, tmp_path):
+    recipes, argv = script("benchmarks/recipes.py"), recipe_options(places, tmp_path)
+    result = recipes.main([*argv, "--steps", "2", "--rates", "0.001", "0.01"])
+    assert list(result["heads"])[:5] == ["paper", "own drafts", "reach by slot", "reach by block", "second order"]
+    assert all(arm[size]["tau"] >= 1 for arm in result["heads"].values() for size in ("B16", "B64"))
+    assert result["heads"]["paper"]["B16"]["percent above paper, 95 % interval"] == [0, 0, 0]
+    kept = result["samples kept from training, the paper's loss and a chain's tokens per pass"]
+    assert len(kept) == 11 and all(own["chain"] >= 1 for own in kept.values())
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(result))
+    again = recipes.main([*argv, "--steps", "2", "--rates", "0.001", "0.01"])  # trains and counts nothing anew
+    assert again["heads"] == result["heads"] and again["training"] == result["training"]
+
+
+def test_a_recipe_changes_what_it_says_and_no_more(places, tmp_path):
+    recipes = script("benchmarks/recipes.py")
+    args = recipes.parse([*recipe_options(places, tmp_path), "--rates", "0.001"])
+    target, _, drafter = recipes.load_pair(args.target, args.drafter)
+    compared = recipes.Comparison(target, drafter, args)
+    samples = recipes.load_samples(args.samples[0])
+    batch = recipes.AnchorCollator(0, args.anchors)(samples)
+    own, reach = sys.modules["recipe_losses"], {}
+    done = own.frozen_pass(drafter, target, batch)
+    scores = compared.scores(done, compared.heads)
+    for name in ("paper", "reach by slot", "reach by block"):
+        reach[name] = own.by_block(compared.weights(name, done, scores[f"{name} @ 0.001"]), done.rows)
+        assert (reach[name][:, 0] == done.rows[:, 0]).all()  # the first slot is always reached
+        both = done.rows[:, 1:]
+        assert (reach[name][:, 1:] <= reach[name][:, :-1])[both].all()
+    assert set(reach["reach by block"].flatten().tolist()) <= {0.0, 1.0}
+    fed = compared.with_own_drafts(compared.heads["own drafts @ 0.001"], done)
+    assert (fed[1::2] == done.ids[1::2]).all() and (fed[:, 0] == done.ids[:, 0]).all() and (fed != done.ids).any()
+
+
+def test_a_second_order_head_that_reads_nothing_older_drafts_as_the_default_head(places, tmp_path):
+    recipes = script("benchmarks/recipes.py")
+    args = recipes.parse([*recipe_options(places, tmp_path), "--rates", "0.001"])
+    target, _, drafter = recipes.load_pair(args.target, args.drafter)
+    compared = recipes.Comparison(target, drafter, args)
+    second = compared.heads["second order @ 0.001"].requires_grad_(False)  # starts from the drafter's head
+    knobs = {"tree_budget": 12, "num_candidates": 3, "branching": 4}
+    prompts = [[5, 9, 12, 7], [4, 4, 8, 11]]
+    taken = [
+        recipes.counts(target, recipes.with_knobs(recipes.drafter_with(drafter, head), **knobs), prompts, 16)
+        for head in (drafter.ar_head, second)
+    ]
+    assert taken[0] == taken[1]
+    second.mix.weight.normal_(std=3.0)
+    view = recipes.with_knobs(recipes.drafter_with(drafter, second), **knobs)
+    assert recipes.counts(target, view, prompts, 16) != taken[0]
