@@ -8,14 +8,13 @@ takes the file, too.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from hf_treeflash.bench.arms import Arm, all_arms, prompt_lookup
+from hf_treeflash.bench.arms import all_arms, with_lookup
 from hf_treeflash.bench.compare import compare
 from hf_treeflash.bench.models import smollm2
 from hf_treeflash.bench.pairs import describe_pair, encode_prompt, load_pair
@@ -56,11 +55,6 @@ def by_kind(file: Path, limit: int | None) -> dict[str, list[str]]:
 
 def key(result: dict[str, Any]) -> list:
     return [result["kind"], result["sampling"], result["settings"]["batch_size"]]
-
-
-def with_lookup(arm: Arm) -> Arm:
-    """Return an arm whose trees are also grafted with what the text has said before."""
-    return dataclasses.replace(arm, name=f"{arm.name}, lookup", options={**arm.options, **prompt_lookup().options})
 
 
 def known(results: list[dict[str, Any]], kind: str, sampling: str, prompts: int, options: dict[str, Any]) -> bool:

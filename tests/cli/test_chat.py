@@ -50,10 +50,11 @@ def count_read(target):
     return read, handle
 
 
+@pytest.mark.parametrize("lookup", [None, 3])
 @pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 8}])
-def test_every_turn_equals_plain_generate(models, settings):
+def test_every_turn_equals_plain_generate(models, settings, lookup):
     kind, target, tokenizer, drafter = models
-    conversation = Conversation(target, tokenizer, drafter, seed=3, max_new_tokens=12, **settings)
+    conversation = Conversation(target, tokenizer, drafter, seed=3, lookup=lookup, max_new_tokens=12, **settings)
     messages, text = [], torch.zeros(1, 0, dtype=torch.long)
     for turn, said in enumerate(TURNS):
         answer = conversation.say(said)
@@ -136,7 +137,7 @@ def test_the_command_prints_what_plain_generate_writes(tmp_path):
         tmp_path,
         STABLE,
         ["bcd", "", "k", "/plain", "/reset", "bcd", "/nope", "/quit", "never"],
-        *("--max-new-tokens", "10", "--system", "xx", "--show-draft"),
+        *("--max-new-tokens", "10", "--system", "xx", "--show-draft", "--lookup", "3"),
     )
     assert result.exit_code == 0, result.output
     target = AutoModelForCausalLM.from_pretrained(places["--target"], dtype=torch.float32)

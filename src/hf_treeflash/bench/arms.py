@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import CompileConfig
@@ -94,6 +94,11 @@ def tree_arm(drafter, **knobs) -> Arm:
     return Arm(f"TreeFlash tree B{config.tree_budget} {candidates}", view, method=f"TreeFlash tree {candidates}")
 
 
+def with_lookup(arm: Arm) -> Arm:
+    """Return an arm whose trees are also grafted with what the text has said before."""
+    return replace(arm, name=f"{arm.name}, lookup", options={**arm.options, **prompt_lookup().options})
+
+
 def standard_arms(drafter, **knobs) -> list[Arm]:
     """Return plain decoding, the chain, the marginal tree and, for a drafter with a head, the TreeFlash tree.
 
@@ -151,4 +156,5 @@ __all__ = [
     "prompt_lookup",
     "standard_arms",
     "tree_arm",
+    "with_lookup",
 ]

@@ -21,6 +21,8 @@ class Conversation:
             Passed to the chat template.
         seed (`int`, *optional*, defaults to 0):
             Turn `i` is drawn with `seed + i`.
+        lookup (`int`, *optional*):
+            Tokens to draft from what was said before, too.
         generate_kwargs:
             Further arguments of `generate`.
 
@@ -37,6 +39,7 @@ class Conversation:
         system: str | None = None,
         enable_thinking: bool = False,
         seed: int = 0,
+        lookup: int | None = None,
         **generate_kwargs,
     ):
         if system is not None and tokenizer.chat_template is None:
@@ -44,6 +47,7 @@ class Conversation:
         self.target, self.tokenizer, self.drafter = target, tokenizer, drafter
         self.system, self.enable_thinking, self.seed = system, enable_thinking, seed
         self.generate_kwargs = generate_kwargs
+        self.drafting = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
         self.reset()
 
     def reset(self) -> None:
@@ -82,6 +86,7 @@ class Conversation:
             on_round=on_round,
             cache=cache,
             seed=self.seed + self.turns,
+            **self.drafting,
             **self.generate_kwargs,
         )
         self.cache, self.prompt, self.latest = result.cache, prompt, result

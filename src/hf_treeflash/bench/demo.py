@@ -14,7 +14,7 @@ from ..candidate_generator import TreeFlashCandidateGenerator
 from ..context import Context
 from ..taps import tapped_states
 from ..tree import DraftTree
-from .arms import standard_arms
+from .arms import standard_arms, with_lookup
 from .compare import RoundRecorder, compare
 from .models import smollm2
 from .pairs import encode_prompt, load_pair, with_knobs
@@ -81,6 +81,8 @@ def run(
     console.rule("The tree of one round", style="dim")
     show_round(target, tokenizer, drafter, encoded[0], streamed[0], console)
     arms = standard_arms(drafter)
+    if own:  # answers to a question repeat its words
+        arms.append(with_lookup(arms[-1]))
     console.rule(f"{max_new_tokens} tokens after each of {len(prompts)} prompts, in {len(arms)} ways", style="dim")
     console.print(f"measuring {repeats} repeats, all ways in turn ...\n", style="dim")
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repeats": repeats, "do_sample": False}

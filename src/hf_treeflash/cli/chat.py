@@ -30,6 +30,7 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     tree_budget: options.TreeBudget = None,
     num_candidates: options.Candidates = None,
+    lookup: options.Lookup = None,
 ) -> None:
     """Talk with a target; both models keep what they have read from turn to turn.
 
@@ -54,6 +55,7 @@ def chat(
         system=system,
         enable_thinking=thinking,
         seed=seed,
+        lookup=lookup,
         max_new_tokens=max_new_tokens,
         **settings,
     )
