@@ -39,7 +39,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1, help="0 for tokens per pass alone")
-    parser.add_argument("--dtype", help="of both models; float32 on a CPU by default")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args(argv)
@@ -143,7 +142,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Compare, write, and print the tables."""
     args = parse(argv)
-    target, tokenizer, drafter = load_pair(args.target or str(smollm2()), args.drafter, dtype=args.dtype)
+    target, tokenizer, drafter = load_pair(args.target or str(smollm2()), args.drafter)
     budgets = [budget if budget == "auto" else int(budget) for budget in args.tree_budgets]
     listed = all_arms(drafter, budgets, [drafter.generation_config.num_candidates])
     listed += [with_lookup(arm) for arm in listed if arm.name.startswith("TreeFlash")]

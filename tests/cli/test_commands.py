@@ -19,6 +19,9 @@ from tests.helpers.tiny import prompt
 testing = pytest.importorskip("typer.testing")
 pytest.importorskip("rich")
 
+from rich.console import Console  # noqa: E402
+
+from hf_treeflash.bench import progress as bars  # noqa: E402
 from hf_treeflash.cli import app  # noqa: E402
 
 
@@ -206,3 +209,13 @@ def test_an_interrupted_text_ends_without_a_traceback(places, monkeypatch):
 
     monkeypatch.setattr(answering, "answer", interrupted)
     assert run(places, "generate", "abc", code=130).stdout == "ab\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_is_drawn_on_a_terminal_alone(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(bars, "SECONDS", 0)
+    monkeypatch.setattr(bars, "Console", lambda stderr: Console(stderr=stderr, force_terminal=terminal))
+    with bars.progress("texts") as tell:
+        tell(3, 7)
+    shown = capsys.readouterr().err
+    assert ("3/7" in shown) == terminal and bool(shown.strip()) == terminal

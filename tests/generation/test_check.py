@@ -19,7 +19,9 @@ def test_a_pair_that_fits():
     target = AutoModelForCausalLM.from_pretrained(EMBEDDED / "target", dtype=torch.float32)
     assistant = TreeFlashDraftModel.from_pretrained(EMBEDDED / "drafter", dtype=torch.float32)
     random, weights = torch.get_rng_state(), {name: weight.clone() for name, weight in target.state_dict().items()}
-    report = hf_treeflash.check(target, assistant, max_new_tokens=24)
+    told: list[tuple[int, int]] = []
+    report = hf_treeflash.check(target, assistant, max_new_tokens=24, progress=lambda *at: told.append(at))
+    assert told == [(done, 6) for done in range(1, 7)]
     assert report.ok and all(row.verdict == "ok" for row in report.rows), report
     text = str(report)
     for what in ("versions", "taps", "vocabulary", "chat template", "dtypes", "devices", "attention", "lengths"):

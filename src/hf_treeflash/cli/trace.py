@@ -1,6 +1,5 @@
 """`hf-treeflash trace`: a generation round by round, on a page."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,44 +51,22 @@ def trace(
             typer.echo(file)
 
 
-class Counter:
-    """A streamer that tells how many tokens there are.
-
-    Args:
-        done (`int`):
-            Tokens so far: the prompt, which comes first, is not counted.
-        total (`int`):
-            Tokens at most.
-        tell (`Callable`):
-            Told both.
-    """
-
-    def __init__(self, done: int, total: int, tell: Callable[[int, int], None]):
-        self.done, self.total, self.tell = done, total, tell
-
-    def put(self, token_ids: Any) -> None:
-        """Count what was written."""
-        self.done += token_ids.numel()
-        self.tell(self.done, self.total)
-
-    def end(self) -> None:
-        """Nothing is left to do at the end."""
-
-
 def record(
     model: Any, tokenizer: Any, drafter: Any, ids: Any, call: dict, seed: int, folder: Path, picture: int | None
 ) -> list[Path]:
     """Generate, and write what was seen; return the files."""
-    import torch
-
+    from ..bench.answering import answer
     from ..bench.progress import progress
     from ..tracing import round_picture, trace, write_trace
 
-    torch.manual_seed(seed)
-    ids = ids.to(model.device)
+    written: list[int] = []
+
+    def on_round(tokens: list[int], *reached: float | None) -> None:
+        written.extend(tokens)
+        tell(len(written), call["max_new_tokens"])
+
     with trace() as seen, progress("tokens") as tell:
-        counter = Counter(-ids.shape[1], call["max_new_tokens"], tell)
-        model.generate(ids, attention_mask=torch.ones_like(ids), assistant_model=drafter, streamer=counter, **call)
+        answer(model, drafter, ids, on_round=on_round, seed=seed, **call)
     (text,) = seen.texts
     tokens, passes = sum(len(each.emitted) for each in text.rounds), len(text.rounds) - 1
     note(f"{tokens} tokens, {passes} target passes after the prompt's: {(tokens - 1) / max(passes, 1):.2f} per pass")
